@@ -1,0 +1,237 @@
+"""The installed plugins, read once, as shelves of offers by name.
+
+A plugin that cannot be loaded, speaks a newer interface, or returns nonsense is quarantined and
+named; the rest go on working. There is no global registry: whoever needs plugins is handed a host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+import pluggy
+
+from ars_kit.errors import ArsKitError, ConfigError, PluginError
+from ars_kit.schema import Choice, bind, did_you_mean
+from ars_kit.spec import API_VERSION, PROJECT, Hooks, Offer
+
+Kind = Literal[
+    "optimizers", "wrappers", "gates", "strategies", "evaluators", "data_sources"
+]  # the part of the hook's name after "arskit_"
+
+SINGULAR: Mapping[Kind, str] = {
+    "optimizers": "optimizer",
+    "wrappers": "optimizer wrapper",
+    "gates": "damping gate",
+    "strategies": "inheritance strategy",
+    "evaluators": "evaluator",
+    "data_sources": "data source",
+}
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """An installed plugin: its entry point's name and the distribution it came with."""
+
+    name: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        """Return ``'name' (distribution version)``."""
+        return f"{self.name!r} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """An offer and the plugin it came from."""
+
+    offer: Offer[Any]
+    plugin: Plugin
+
+
+@dataclass(slots=True)
+class Host:
+    """Every offer of every installed plugin, and every plugin that was put aside.
+
+    Attributes:
+        shelves: for each kind, the listings by offer name; more than one listing under a name
+            is a clash, refused when that name is chosen.
+        quarantined: plugins that were not loaded, with the reason in one line.
+    """
+
+    shelves: dict[Kind, dict[str, list[Listing]]] = field(
+        default_factory=lambda: {kind: {} for kind in SINGULAR}
+    )
+    plugins: list[Plugin] = field(default_factory=list)
+    quarantined: dict[Plugin, str] = field(default_factory=dict)
+
+    @classmethod
+    def installed(cls, without: Iterable[str] = ()) -> Host:
+        """Read the ``ars_kit`` entry points of every installed distribution.
+
+        Args:
+            without: entry-point names to leave out (the environment's ``ARSKIT_WITHOUT``).
+        """
+        skip = set(without)
+        found = sorted(entry_points(group=PROJECT), key=lambda e: (_plugin(e).distribution, e.name))
+        host = cls()
+        for entry in found:
+            if entry.name in skip:
+                continue
+            plugin = _plugin(entry)
+            try:
+                module = entry.load()
+            except (Exception, SystemExit) as error:  # noqa: BLE001 -- a stranger's import
+                host.quarantined[plugin] = f"failed to load: {error!r}"
+                continue
+            host.register(module, plugin)
+        return host
+
+    def register(self, module: object, plugin: Plugin) -> None:
+        """Put a plugin's offers on the shelves, or the plugin into quarantine with the reason."""
+        version = getattr(module, "ARSKIT_API", API_VERSION)
+        if version != API_VERSION:
+            self.quarantined[plugin] = (
+                f"is written for plugin API {version}; this ars-kit speaks {API_VERSION}"
+            )
+            return
+        try:
+            offers = _offers(module)
+        except PluginError as error:
+            self.quarantined[plugin] = str(error)
+            return
+        self.plugins.append(plugin)
+        for kind, offer in offers:
+            self.shelves[kind].setdefault(offer.name, []).append(Listing(offer, plugin))
+
+    def names(self, kind: Kind) -> list[str]:
+        """Return the names on a shelf, sorted."""
+        return sorted(self.shelves[kind])
+
+    def listing(self, kind: Kind, name: str) -> Listing:
+        """Return what is offered under ``name``.
+
+        Raises:
+            PluginError: nobody offers it (with what is installed and what was put aside), or
+                two plugins do.
+        """
+        found = self.shelves[kind].get(name, [])
+        if len(found) == 1:
+            return found[0]
+        what = SINGULAR[kind]
+        if found:
+            who = " and ".join(str(f.plugin) for f in found)
+            raise PluginError(
+                f"{what} {name!r} is offered twice, by {who}; "
+                f"leave one out: ARSKIT_WITHOUT={found[-1].plugin.name}"
+            )
+        names = self.names(kind)
+        message = (
+            f"no {what} named {name!r}{did_you_mean(name, names)}. Installed: {', '.join(names)}"
+        )
+        if self.quarantined:
+            message += ". Put aside: " + "; ".join(self.complaints())
+        raise PluginError(message)
+
+    def complaints(self) -> list[str]:
+        """Return one line for each quarantined plugin: who, why, and how to go on without it."""
+        return [
+            f"plugin {plugin} {why}. To go on without it: ARSKIT_WITHOUT={plugin.name}"
+            for plugin, why in self.quarantined.items()
+        ]
+
+    def check(self, kind: Kind, choice: Choice, extra: Iterable[str] = ()) -> dict[str, Any]:
+        """Return the typed settings of a choice without making anything.
+
+        Args:
+            kind: the shelf.
+            choice: what the user chose.
+            extra: required keyword parameters that the host itself will supply.
+
+        Raises:
+            PluginError: no such offer.
+            ConfigError: a setting it does not have, or of the wrong type.
+        """
+        make = self.listing(kind, choice.name).offer.make
+        supplied = set(extra)
+        clash = supplied & set(choice.settings)
+        if clash:
+            raise ConfigError(
+                f"{choice.name!r}: {', '.join(sorted(clash))} is set by the run itself; "
+                "use the run's own option"
+            )
+        return bind(repr(choice.name), make, choice.settings, supplied)
+
+    def make(self, kind: Kind, choice: Choice, *args: Any, **supplied: Any) -> Any:
+        """Make what was chosen.
+
+        Raises:
+            PluginError: no such offer, or its ``make`` raised.
+            ConfigError: a setting does not fit.
+        """
+        listing = self.listing(kind, choice.name)
+        settings = self.check(kind, choice, supplied)
+        try:
+            return listing.offer.make(*args, **settings, **supplied)
+        except ArsKitError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{choice.name!r}: {error}") from error
+        except Exception as error:
+            raise PluginError(
+                f"{SINGULAR[kind]} {choice.name!r} of plugin {listing.plugin} "
+                f"could not be made: {error!r}"
+            ) from error
+
+
+def _plugin(entry: EntryPoint) -> Plugin:
+    dist = entry.dist
+    return Plugin(entry.name, dist.name if dist else "?", dist.version if dist else "?")
+
+
+def _offers(module: object) -> list[tuple[Kind, Offer[Any]]]:
+    """Call every hook that ``module`` implements and check what it returns.
+
+    Raises:
+        PluginError: a misspelt hook, a hook that raises, or a return that is no list of offers.
+    """
+    # A manager of its own for each plugin: what is wrong is then wrong with this one.
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    try:
+        manager.register(module)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"is not a plugin: {' '.join(str(error).split())}") from error
+    found: list[tuple[Kind, Offer[Any]]] = []
+    for kind in SINGULAR:
+        hook = getattr(manager.hook, f"arskit_{kind}")
+        try:
+            answers = hook()
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"failed in arskit_{kind}(): {error!r}") from error
+        for answer in answers:
+            found += [(kind, _checked(offer, kind)) for offer in _sequence(answer, kind)]
+    return found
+
+
+def _sequence(answer: object, kind: Kind) -> list[object]:
+    if not isinstance(answer, list | tuple):
+        raise PluginError(f"returned {type(answer).__name__} from arskit_{kind}(), not a list")
+    return list(answer)
+
+
+def _checked(offer: object, kind: Kind) -> Offer[Any]:
+    if not isinstance(offer, Offer):
+        raise PluginError(f"returned {offer!r} from arskit_{kind}(), not an Offer")
+    if not _NAME.fullmatch(str(offer.name)):
+        raise PluginError(f"offers {offer.name!r}; a name is lower-case letters, digits and dashes")
+    if not callable(offer.make):
+        raise PluginError(f"offers {offer.name!r} with a make that cannot be called")
+    return offer

@@ -1,0 +1,127 @@
+"""From the chosen names to an optimizer: a base, the gates around it, each member's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ars_kit.errors import ConfigError, PluginError
+from ars_kit.host import Host
+from ars_kit.schema import Choice, did_you_mean, signature_of
+from ars_kit.settings import OptimizerSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ars_kit.damping import DampedOptimizer
+    from ars_kit.spec import DampingGate
+
+GUARD = Choice("guard")
+"""The one gate that every run has unless it is left out: no NaN reaches the weights."""
+
+PER_MEMBER = ("entropy_threshold", "surprise_damping")
+"""Wrapper settings that move linearly from the first member to the last."""
+
+
+def check_optimizer(host: Host, settings: OptimizerSettings) -> None:
+    """Refuse what could not be built, before anything is trained.
+
+    Raises:
+        PluginError: a name nobody offers.
+        ConfigError: a setting that does not fit, or a gate left out that is not there.
+    """
+    wrapper, base = _wrapper_and_base(host, settings)
+    host.check("optimizers", base, extra=("lr",))
+    if wrapper is not None:
+        host.check("wrappers", wrapper)
+    for gate in settings.gates:
+        host.check("gates", gate)
+    build_gates(host, settings, position=0.0)
+
+
+def build_gates(
+    host: Host, settings: OptimizerSettings, *, position: float
+) -> dict[str, DampingGate]:
+    """Make the gates of one member, in the order they are asked.
+
+    A wrapper's own gates come first, then those added with ``--gate``; an added gate takes the
+    place of one of the same name.
+
+    Args:
+        host: the installed plugins.
+        settings: the run's.
+        position: 0 for the family's first member, 1 for its last.
+    """
+    wrapper, _ = _wrapper_and_base(host, settings)
+    if wrapper is None:
+        stack: dict[str, DampingGate] = {GUARD.name: host.make("gates", GUARD)}
+    else:
+        made = host.make("wrappers", _placed(host, wrapper, settings, position))
+        if not isinstance(made, Mapping):
+            raise PluginError(f"optimizer wrapper {wrapper.name!r} made no mapping of gates")
+        stack = dict(made)
+    for choice in settings.gates:
+        stack[choice.name] = host.make("gates", choice)
+    for name in settings.without:
+        if name not in stack:
+            has = ", ".join(stack) or "none"
+            raise ConfigError(
+                f"no damping gate {name!r} to leave out{did_you_mean(name, stack)}. "
+                f"This optimizer has: {has}"
+            )
+        del stack[name]
+    return stack
+
+
+def build_optimizer(
+    host: Host,
+    settings: OptimizerSettings,
+    groups: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    position: float,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> DampedOptimizer:
+    """Make the base optimizer over ``groups`` and wrap it in its gates.
+
+    Args:
+        host: the installed plugins.
+        settings: the run's.
+        groups: as :func:`ars_kit.models.parameter_groups` returns them.
+        lr: peak learning rate.
+        position: 0 for the family's first member, 1 for its last.
+        reduce: means a 0-d loss over all ranks, so that they all damp alike.
+    """
+    from ars_kit.damping import DampedOptimizer  # noqa: PLC0415 -- torch is slow to import
+
+    _, base = _wrapper_and_base(host, settings)
+    optimizer = host.make("optimizers", base, list(groups), lr=lr)
+    gates = build_gates(host, settings, position=position)
+    return DampedOptimizer(optimizer, gates, reduce=reduce)
+
+
+def _wrapper_and_base(host: Host, settings: OptimizerSettings) -> tuple[Choice | None, Choice]:
+    name = settings.name.name
+    if name in host.shelves["wrappers"]:
+        return settings.name, settings.base
+    if name in host.shelves["optimizers"]:
+        return None, settings.name
+    names = sorted({*host.names("wrappers"), *host.names("optimizers")})
+    aside = "".join(f". {line}" for line in host.complaints())
+    raise PluginError(
+        f"no optimizer named {name!r}{did_you_mean(name, names)}. "
+        f"Installed: {', '.join(names)}{aside}"
+    )
+
+
+def _placed(
+    host: Host, wrapper: Choice, settings: OptimizerSettings, position: float
+) -> Choice:
+    """Add this member's share of the per-member settings that the wrapper knows."""
+    known = signature_of(host.listing("wrappers", wrapper.name).offer.make)
+    placed = {}
+    for key in PER_MEMBER:
+        if key in known:
+            first, last = getattr(settings, key)
+            placed[key] = first + (last - first) * position
+    return Choice(wrapper.name, {**placed, **wrapper.settings})

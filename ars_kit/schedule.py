@@ -1,0 +1,29 @@
+"""Learning rate over one member's steps, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["wsd", "cosine", "constant"]
+
+
+def lr_factor(
+    step: int, *, steps: int, schedule: Schedule, warmup: int, decay_fraction: float
+) -> float:
+    """Return what the peak learning rate is multiplied by at ``step``, counted from 0.
+
+    The warm-up is linear and reaches 1 at step ``warmup``; it is cut short where the member has
+    fewer steps. ``wsd`` (warm-up, stable, decay: Hu et al., 2404.06395) falls linearly to 0 over
+    the last ``decay_fraction`` of the steps; ``cosine`` (Loshchilov & Hutter, 1608.03983) falls to
+    0 from the end of the warm-up.
+    """
+    warmup = min(warmup, steps // 2)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (steps - step) / steps
+    if schedule == "wsd":
+        return min(1.0, left / decay_fraction) if decay_fraction else 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 1.0

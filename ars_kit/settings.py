@@ -1,0 +1,385 @@
+"""A run's settings: typed sections, four layers of origin, one frozen file.
+
+Precedence: flag > environment (``ARSKIT_SECTION_KEY``) > file (``run.toml``) > default. Two
+profiles of defaults exist, one for the embedded family and one for a pretrained base; each value
+remembers which layer it came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from ars_kit.errors import ConfigError
+from ars_kit.schema import Choice, coerce, did_you_mean
+
+Origin = Literal["default", "file", "environment", "flag"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySettings:
+    """Who is in the family and how a member follows another."""
+
+    members: str = "d10..d18"
+    """Members in birth order: a range ``d10..d18``, a list ``d10,d12``, or both."""
+    strategy: Choice = Choice("progressive")
+    """Inheritance strategy."""
+    base: str | None = None
+    """Pretrained model to start from: a directory or a hub id; none trains from random weights."""
+    depth: Literal["miniseries", "same", "grow"] = "miniseries"
+    """Without a base: miniseries (depth and width grow). With one: same shape, or grow (deeper)."""
+    aspect: float = 1.6
+    """Miniseries only: width is head_dim times ceil(aspect x depth / 8)."""
+    head_dim: int = 8
+    """Miniseries only: dimensions of an attention head."""
+    vocab_size: int = 1024
+    """Without a base: entries of the byte-level BPE tokenizer that is trained."""
+    seed: int = 0
+    """Seeds initial weights, data order and every random draw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """Where text comes from and how it is cut."""
+
+    source: str = "stdlib"
+    """A path, ``hf:owner/name``, ``kaggle:owner/name``, or a source NAME:key=value."""
+    heldout_fraction: float = 0.1
+    """Share of the text that is never trained on."""
+    sequence_length: int = 128
+    """Tokens of context."""
+    heldout_tokens: int | None = 131072
+    """Held-out tokens judged after each member; none judges all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How long and how fast each member trains."""
+
+    iterations: tuple[int, int] = (100, 50)
+    """Iterations of the first member and of each later one (all the first, where none inherits)."""
+    steps_per_iteration: int = 3
+    """Optimizer steps an iteration stands for."""
+    tokens: int | None = None
+    """Tokens per member; overrides iterations."""
+    batch_size: int = 16
+    """Sequences per optimizer step over all devices."""
+    accumulation: int = 1
+    """Micro-batches an optimizer step is split into."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass; weights and moments stay fp32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    lr: float = 12e-3
+    """Peak learning rate (of hidden matrices at width lr_width, where that is set)."""
+    lr_width: int | None = 32
+    """Reference width: hidden matrices train at lr x lr_width / width; none scales nothing."""
+    lr_vectors: float = 12e-3
+    """Peak learning rate of embeddings, norms and biases; used only where lr_width is set."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Learning rate over a member's steps: warm-up + stable + decay, warm-up + cosine, constant."""
+    warmup_steps: int = 20
+    """Linear warm-up of a member that starts fresh (an heir re-warms as its strategy says)."""
+    decay_fraction: float = 0.3
+    """Share of the steps in which wsd decays to zero."""
+    max_skipped: int = 100
+    """Non-finite steps in a row after which the run stops (exit 6)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """What turns gradients into steps."""
+
+    name: Choice = Choice("ars")
+    """An optimizer wrapper (ars) or a base optimizer (adamw)."""
+    base: Choice = Choice("adamw")
+    """The optimizer a wrapper is put around."""
+    gates: tuple[Choice, ...] = ()
+    """Damping gates to add."""
+    without: tuple[str, ...] = ()
+    """Damping gates to leave out, by name."""
+    entropy_threshold: tuple[float, float] = (0.5, 0.4)
+    """Of the first and the last member, linear in between; for wrappers that have this setting."""
+    surprise_damping: tuple[float, float] = (0.1, 0.15)
+    """Of the first and the last member, linear in between; for wrappers that have this setting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What changes nothing in the trained weights."""
+
+    evaluators: tuple[Choice, ...] = (Choice("perplexity"),)
+    """Judges of each finished member."""
+    price_per_hour: float = 0.44
+    """Price of the machine in dollars per hour."""
+    save_every: int = 100
+    """Optimizer steps between training states."""
+    log_every: int = 10
+    """Optimizer steps between readings of the losses from the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of a run.
+
+    Attributes:
+        origins: the layer each ``section.key`` came from.
+    """
+
+    family: FamilySettings = field(default_factory=FamilySettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value by ``section.key``, in order."""
+        return {
+            f"{name}.{f.name}": getattr(getattr(self, name), f.name)
+            for name, section in SECTIONS.items()
+            for f in dataclasses.fields(section)
+        }
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "family": FamilySettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "optimizer": OptimizerSettings,
+    "run": RunSettings,
+}
+
+# What fine-tuning a pretrained base wants otherwise than training a small one from nothing.
+PRETRAINED: Mapping[str, Any] = {
+    "family.depth": "same",
+    "data.sequence_length": 1024,
+    "train.steps_per_iteration": 1,
+    "train.batch_size": 8,
+    "train.lr": 1e-5,
+    "train.lr_width": None,
+    "train.schedule": "cosine",
+    "train.warmup_steps": 10,
+}
+
+# Changing these leaves the trained weights as they are, so a run may go on under other values.
+NEUTRAL = frozenset({"run.evaluators", "run.price_per_hour", "run.save_every", "run.log_every"})
+
+
+def keys() -> dict[str, Any]:
+    """Return every ``section.key`` with its annotation."""
+    return {
+        f"{name}.{key}": annotation
+        for name, section in SECTIONS.items()
+        for key, annotation in get_type_hints(section).items()
+    }
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Path | None = None,
+) -> Settings:
+    """Lay the four layers over each other.
+
+    Args:
+        flags: by ``section.key``, as text or typed.
+        environment: the process environment; ``ARSKIT_TRAIN_LR`` sets ``train.lr``.
+        file: a ``run.toml``.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, an unreadable file.
+    """
+    layers: list[tuple[Origin, str, dict[str, Any]]] = [
+        ("file", str(file), read_toml(file) if file else {}),
+        ("environment", "environment", _from_environment(environment)),
+        ("flag", "command line", dict(flags)),
+    ]
+    annotations = keys()
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = dict.fromkeys(annotations, "default")
+    for origin, where, layer in layers:
+        for key, raw in layer.items():
+            _require_known(key, annotations, where)
+            values[key] = coerce(raw, annotations[key], f"{where}: {key}")
+            origins[key] = origin
+    if values.get("family.base"):
+        values = {**PRETRAINED, **values}
+    sections = {
+        name: section(
+            **{k.partition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
+        )
+        for name, section in SECTIONS.items()
+    }
+    settings = Settings(**sections, origins=origins)
+    _check(settings)
+    return settings
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a settings file into ``section.key`` form.
+
+    Raises:
+        ConfigError: it is missing, unreadable, or no TOML.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read settings file {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for section, body in tree.items():
+        if not isinstance(body, dict):
+            raise ConfigError(f"{path}: {section!r} must stand in a section such as [train]")
+        for key, value in body.items():
+            flat[f"{section}.{key}"] = None if value == "none" else value
+    return flat
+
+
+def to_toml(settings: Settings, *, comments: bool = True) -> str:
+    """Write settings as a ``run.toml`` that :func:`resolve` reads back to the same values."""
+    lines: list[str] = []
+    for name, section in SECTIONS.items():
+        lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
+        docs = field_docs(section)
+        for f in dataclasses.fields(section):
+            if comments and docs.get(f.name):
+                lines.append(f"# {docs[f.name]}")
+            lines.append(f"{f.name} = {_toml(getattr(getattr(settings, name), f.name))}")
+    return "\n".join(lines) + "\n"
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Name what changed between two runs' settings, apart from what changes no weight."""
+    before, after = old.flat(), new.flat()
+    return [
+        f"{key}: {_toml(before[key])} -> {_toml(after[key])}"
+        for key in before
+        if key not in NEUTRAL and before[key] != after[key]
+    ]
+
+
+def field_docs(section: type[Any]) -> dict[str, str]:
+    """Return the docstring under each field of a section."""
+    body = ast.parse(inspect.getsource(section)).body[0]
+    docs: dict[str, str] = {}
+    if isinstance(body, ast.ClassDef):
+        for node, after in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def parse_members(text: str) -> tuple[int, ...]:
+    """Read ``d10..d18`` or ``d10,d12`` into depths in birth order.
+
+    Raises:
+        ConfigError: not of that form, empty, descending or repeated.
+    """
+    depths: list[int] = []
+    for part in (p.strip() for p in text.split(",")):
+        match = re.fullmatch(r"d(\d+)(?:\.\.d(\d+))?", part)
+        if not match:
+            raise ConfigError(f"cannot read members {text!r}; write d10..d18 or d10,d12")
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if last < first:
+            raise ConfigError(f"members {part!r} run downwards; write d{last}..d{first}")
+        depths += range(first, last + 1)
+    if depths != sorted(set(depths)):
+        raise ConfigError(f"members {text!r} must grow from one to the next, each named once")
+    if depths[0] < 1:
+        raise ConfigError("a member needs at least one layer; start at d1")
+    return tuple(depths)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    names = {f"ARSKIT_{key.replace('.', '_').upper()}": key for key in keys()}
+    return {names[n]: v for n, v in environment.items() if n in names}
+
+
+def _require_known(key: str, known: Iterable[str], where: str) -> None:
+    known = list(known)
+    if key in known:
+        return
+    section = key.partition(".")[0]
+    has = [k for k in known if k.startswith(section + ".")] or list(SECTIONS)
+    raise ConfigError(
+        f"{where}: no setting {key!r}{did_you_mean(key, known)}. There are: {', '.join(has)}"
+    )
+
+
+def _check(settings: Settings) -> None:
+    """Refuse values that no run can have, before anything is looked at."""
+    parse_members(settings.family.members)
+    train, data, family = settings.train, settings.data, settings.family
+    positive = {
+        "train.batch_size": train.batch_size,
+        "train.accumulation": train.accumulation,
+        "train.steps_per_iteration": train.steps_per_iteration,
+        "train.iterations": min(train.iterations),
+        "train.tokens": 1 if train.tokens is None else train.tokens,
+        "train.lr": train.lr,
+        "train.lr_vectors": train.lr_vectors,
+        "train.max_skipped": train.max_skipped,
+        "data.sequence_length": data.sequence_length,
+        "family.vocab_size": family.vocab_size,
+        "family.head_dim": family.head_dim,
+        "family.aspect": family.aspect,
+        "run.save_every": settings.run.save_every,
+        "run.log_every": settings.run.log_every,
+    }
+    for key, value in positive.items():
+        if not value > 0:  # a NaN is caught too
+            raise ConfigError(f"{key} must be greater than 0, not {value}")
+    if train.batch_size % train.accumulation:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} cannot be split into "
+            f"{train.accumulation} equal micro-batches; change train.accumulation"
+        )
+    if not 0 < data.heldout_fraction < 0.9:
+        raise ConfigError(
+            f"data.heldout_fraction must lie in (0, 0.9), not {data.heldout_fraction}"
+        )
+    if not 0 <= train.decay_fraction <= 1:
+        raise ConfigError(f"train.decay_fraction must lie in [0, 1], not {train.decay_fraction}")
+    if family.base is None and family.depth != "miniseries":
+        raise ConfigError(f"family.depth = {family.depth!r} needs a base; name one with --base")
+    if family.base is not None and family.depth == "miniseries":
+        raise ConfigError("a pretrained base keeps its width: set family.depth to same or grow")
+    if family.base is None and family.vocab_size <= 256:
+        raise ConfigError(
+            f"family.vocab_size {family.vocab_size} is too small: byte-level BPE starts at 257"
+        )
+    if family.head_dim % 2:
+        raise ConfigError(
+            f"family.head_dim must be even for rotary embeddings, not {family.head_dim}"
+        )
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(str(value), ensure_ascii=False)

@@ -1,0 +1,320 @@
+"""All that a plugin author imports: the hooks, the protocols, the values they exchange.
+
+A plugin is a module that an ``ars_kit`` entry point names and that implements any of the hooks
+below with :data:`hookimpl`. Hooks take no arguments and return offers; nothing of a plugin runs
+until a user chooses one of its offers by name.
+
+This module imports the standard library and pluggy; torch and transformers appear in types only, so
+that ``arskit --help`` stays quick. Values handed to a plugin are frozen dataclasses: a new field
+breaks no plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+API_VERSION = 1
+"""Version of this interface. A plugin may declare ``ARSKIT_API = 1``; another one is refused."""
+
+PROJECT = "ars_kit"
+"""The pluggy project name and the entry-point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer(Generic[T_co]):
+    """One thing a plugin offers by name.
+
+    Attributes:
+        name: what the user types; lower case, digits and dashes.
+        summary: one line for ``arskit plugins list``.
+        make: called with the chosen settings once the offer is chosen. **Its keyword-only
+            parameters are its settings**: their names, annotations and defaults are the schema
+            that ``name:key=value`` and ``run.toml`` are checked against, and an ``Args:``
+            section in its docstring documents them.
+    """
+
+    name: str
+    summary: str
+    make: Callable[..., T_co]
+
+
+# --- Damping -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepSignal:
+    """What a gate sees of one optimizer step. Every tensor lies on the training device.
+
+    Attributes:
+        step: optimizer steps asked for before this one, skipped ones included.
+        loss: 0-d float32; mean loss of the effective batch over all ranks, in nats per token.
+        lr: learning rate of the first parameter group before damping.
+        skip: 0-d bool; an earlier gate already asked to skip this step. A gate that remembers
+            losses must not learn from such a step.
+        damping: 0-d float32; product of the gradient factors of the gates before this one.
+        last_damping: 0-d float32; gradient factor times step factor of the step before, or 1.
+        norms: call for the gradient norm of each tensor, shape (n_tensors,), float32, unscaled.
+            Computed once a step however many gates ask; costs one read of the gradients.
+    """
+
+    step: int
+    loss: Tensor
+    lr: float | Tensor
+    skip: Tensor
+    damping: Tensor
+    last_damping: Tensor
+    norms: Callable[[], Tensor]
+
+
+class Damping(NamedTuple):
+    """What a gate asks of this step; ``None`` leaves that part alone. Factors multiply.
+
+    Attributes:
+        gradient: multiplies the gradient *before it enters the optimizer's moments*: for
+            transients. Shape (), or (n_tensors,) for one factor a tensor.
+        step: multiplies the learning rate: for lasting instability (an adaptive optimizer
+            divides a lasting gradient factor out again). Shape ().
+        skip: 0-d bool; leave weights and moments untouched.
+    """
+
+    gradient: Tensor | None = None
+    step: Tensor | None = None
+    skip: Tensor | None = None
+
+
+class DampingGate(Protocol):
+    """Looks at each step and says how hard to damp it.
+
+    A call returns a 0-d float32 tensor in [0, 1] (1: undamped) or a :class:`Damping`. It must not
+    synchronise with the host (no ``.item()``, ``float()``, ``if tensor:``) and must keep O(1)
+    memory. A plain tensor multiplies the gradient unless the class says ``acts_on = "step"``.
+    """
+
+    def __call__(self, signal: StepSignal) -> Tensor | Damping:
+        """Return this step's factor."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain numbers that restore this gate exactly."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        ...
+
+
+GateStack = Mapping[str, DampingGate]
+"""Named gates in the order they are asked; what an optimizer wrapper such as ``ars`` is made of."""
+
+
+# --- Inheritance -------------------------------------------------------------------------------
+
+Preserves = Literal["exact", "approx", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of a child tensor that is ``coefficient`` times a rectangle of a parent tensor.
+
+    Attributes:
+        parent: name of the parent's tensor.
+        child_index: where it lands, one ``(start, stop, step)`` a dimension.
+        parent_index: where it comes from, same extents.
+        coefficient: what it was multiplied by.
+    """
+
+    parent: str
+    child_index: tuple[tuple[int, int, int], ...]
+    parent_index: tuple[tuple[int, int, int], ...]
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A trained member as its heir sees it. Read-only.
+
+    Attributes:
+        name: such as ``"d10"``, or the base's id.
+        config: its transformers configuration.
+        weights: its tensors by Hugging Face name; a tied head appears once, as the embedding.
+        opt_state: the base optimizer's state by parameter name, e.g.
+            ``{"model.norm.weight": {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}``; or None.
+        heldout_loss: nats per token, where it was measured.
+    """
+
+    name: str
+    config: PretrainedConfig
+    weights: Mapping[str, Tensor]
+    opt_state: Mapping[str, Mapping[str, Tensor]] | None = None
+    heldout_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """What a strategy hands a newborn member.
+
+    Attributes:
+        weights: match the child's configuration exactly; a tied head appears once.
+        provenance: for each child tensor the blocks that were inherited; what no block covers is
+            new. The host derives optimizer state from it and counts what was inherited.
+        preserves: what the strategy promises about the child's logits against the parent's;
+            ``exact`` is checked by the host at birth.
+        opt_state: ``derive`` carries the parent's moments along the provenance, ``reset`` starts
+            them at zero.
+        rewarm_steps: optimizer steps over which the learning rate climbs back at birth.
+    """
+
+    weights: Mapping[str, Tensor]
+    provenance: Mapping[str, Sequence[Block]] = field(default_factory=dict)
+    preserves: Preserves = "none"
+    opt_state: Literal["derive", "reset"] = "reset"
+    rewarm_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What a strategy is told about the child it should seed.
+
+    Attributes:
+        name: such as ``"d11"``.
+        config: the child's configuration; its shape is fixed by the plan.
+        fresh: the child's weights as a fresh, seeded initialisation would have them; the source
+            of every new parameter, so that initialisation stays the host's affair.
+        rng: the only randomness a strategy may use; seeded by the run.
+    """
+
+    name: str
+    config: PretrainedConfig
+    fresh: Mapping[str, Tensor]
+    rng: torch.Generator
+
+
+class InheritanceStrategy(Protocol):
+    """Decides what a member takes from its predecessor."""
+
+    inherits: bool
+    """False: members are independent of each other (the control); ``inherit`` is not called
+    unless a pretrained base was named."""
+
+    def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
+        """Return why this pair cannot be inherited, in words, or None if it can."""
+        ...
+
+    def inherit(self, parent: Parent, birth: Birth) -> Seed:
+        """Return the child's first weights."""
+        ...
+
+
+# --- Data and evaluation -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text that belongs together: split, deduplicated and evaluated as a unit."""
+
+    text: str
+    origin: str = ""
+
+
+class DataSource(Protocol):
+    """Somewhere text comes from."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what identifies the text without reading all of it (paths, sizes, versions).
+
+        JSON-ready. Equal fingerprints must mean equal documents: prepared data is cached under it.
+
+        Raises:
+            DataError: the source cannot be reached; said before anything starts.
+        """
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents in a fixed order, streaming.
+
+        Raises:
+            DataError: what cannot be read, named.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluand:
+    """A trained member under judgement.
+
+    Attributes:
+        name: such as ``"d12"``.
+        model: in eval mode, on its device.
+        tokenizer: the family's.
+        heldout: held-out token windows, each a 1-d int64 array of at most ``context`` + 1 tokens
+            (inputs and shifted targets overlap by all but one).
+        context: tokens of context the member was trained with.
+        bytes_per_token: of the held-out text, to compare across tokenizers.
+        batch_size: windows that fit the device at once.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heldout: Iterable[Any]
+    context: int
+    bytes_per_token: float
+    batch_size: int
+
+
+class Evaluator(Protocol):
+    """Measures a member's quality."""
+
+    def __call__(self, member: Evaluand) -> Mapping[str, float | None]:
+        """Return figures by name, JSON-ready; None for what could not be measured."""
+        ...
+
+
+# --- Hooks -------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """The hook specifications; each is also a heading in ``docs/plugins.md``, held by a test."""
+
+    @hookspec
+    def arskit_optimizers(self) -> Sequence[Offer[Optimizer]]:  # type: ignore[empty-body]
+        """Base optimizers: ``make(params, *, lr, ...)`` takes torch parameter groups.
+
+        Each group carries ``params``, ``names``, ``role`` (``matrix``, ``embedding`` or
+        ``vector``), its own ``lr`` and ``weight_decay``.
+        """
+
+    @hookspec
+    def arskit_wrappers(self) -> Sequence[Offer[GateStack]]:  # type: ignore[empty-body]
+        """Optimizer wrappers such as ``ars``: the named gates they put around a base optimizer."""
+
+    @hookspec
+    def arskit_gates(self) -> Sequence[Offer[DampingGate]]:  # type: ignore[empty-body]
+        """Damping gates, added with ``--gate NAME:key=value``."""
+
+    @hookspec
+    def arskit_strategies(self) -> Sequence[Offer[InheritanceStrategy]]:  # type: ignore[empty-body]
+        """Inheritance strategies, chosen with ``--strategy NAME:key=value``."""
+
+    @hookspec
+    def arskit_evaluators(self) -> Sequence[Offer[Evaluator]]:  # type: ignore[empty-body]
+        """Evaluators, chosen with ``--eval NAME:key=value``."""
+
+    @hookspec
+    def arskit_data_sources(self) -> Sequence[Offer[DataSource]]:  # type: ignore[empty-body]
+        """Data sources, chosen with ``--data NAME:key=value`` or ``--data PATH``."""

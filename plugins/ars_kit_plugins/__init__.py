@@ -1,0 +1,1 @@
+"""The built-in plugins; they register exactly as a third party's do."""
