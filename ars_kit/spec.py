@@ -66,7 +66,8 @@ class StepSignal:
         lr: learning rate of the first parameter group before damping.
         skip: 0-d bool; an earlier gate already asked to skip this step. A gate that remembers
             losses must not learn from such a step.
-        damping: 0-d float32; product of the gradient factors of the gates before this one.
+        damping: 0-d float32; product of the 0-d gradient factors of the gates before this one.
+        step_damping: 0-d float32; product of the step factors of the gates before this one.
         last_damping: 0-d float32; gradient factor times step factor of the step before, or 1.
         norms: call for the gradient norm of each tensor, shape (n_tensors,), float32, unscaled.
             Computed once a step however many gates ask; costs one read of the gradients.
@@ -77,6 +78,7 @@ class StepSignal:
     lr: float | Tensor
     skip: Tensor
     damping: Tensor
+    step_damping: Tensor
     last_damping: Tensor
     norms: Callable[[], Tensor]
 

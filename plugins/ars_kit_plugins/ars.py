@@ -1,0 +1,31 @@
+"""ARS for anyone's training loop: ``ARS(torch.optim.AdamW(...))``, then ``step(loss=loss)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ars_kit.damping import DampedOptimizer
+from ars_kit_plugins.wrappers import ars_gates
+
+
+class ARS(DampedOptimizer):
+    """A torch optimizer that damps unstable steps of ``base``.
+
+    Args:
+        base: any torch optimizer instance.
+        reduce: means a 0-d loss over all ranks, so that all damp alike.
+        settings: as :func:`ars_kit_plugins.wrappers.ars_gates` takes them.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base, ars_gates(**settings), reduce=reduce)

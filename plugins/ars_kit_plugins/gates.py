@@ -1,0 +1,85 @@
+"""The built-in damping gates, as offers; their arithmetic is in ``gating``, which needs torch."""
+
+from __future__ import annotations
+
+from ars_kit.spec import DampingGate, Offer, hookimpl
+
+
+def guard() -> DampingGate:
+    """Skip a step whose loss or gradient is not finite."""
+    from ars_kit_plugins.gating import Guard  # noqa: PLC0415 -- torch is slow to import
+
+    return Guard()
+
+
+def surprise(*, damping: float = 0.1, limit: float = 4.0, patience: int = 8) -> DampingGate:
+    """Damp steps whose loss stands out of the last 32 (Surprise Gate).
+
+    Args:
+        damping: how hard: the factor is (limit / z) to the power 20 x damping.
+        limit: robust standard scores above the median that count as surprise.
+        patience: surprising steps in a row that are damped; a lasting shift is let through.
+    """
+    from ars_kit_plugins.gating import SurpriseGate  # noqa: PLC0415 -- torch is slow to import
+
+    return SurpriseGate(damping=damping, limit=limit, patience=patience)
+
+
+def entropy(*, threshold: float = 0.5, floor: float = 0.1) -> DampingGate:
+    """Shrink the step size while the loss oscillates without progress (Entropy Guard).
+
+    Args:
+        threshold: significance of the period test: alpha = 1e-3 at 0.5, ten times more per 0.1 less.
+        floor: least step factor.
+    """
+    from ars_kit_plugins.gating import EntropyGuard  # noqa: PLC0415 -- torch is slow to import
+
+    return EntropyGuard(threshold=threshold, floor=floor)
+
+
+def jitter(*, scale: float = 0.05, seed: int = 0) -> DampingGate:
+    """Multiply a damped step size by seeded log-normal noise (Chronos-Jitter); never seen to help.
+
+    Args:
+        scale: standard deviation of the factor's logarithm.
+        seed: of the noise.
+    """
+    from ars_kit_plugins.gating import ChronosJitter  # noqa: PLC0415 -- torch is slow to import
+
+    return ChronosJitter(scale=scale, seed=seed)
+
+
+def norm_memory(*, decay: float = 0.98, growth: float = 1.05) -> DampingGate:
+    """Give each tensor's gradient the norm it has had of late.
+
+    Args:
+        decay: weight of the past in the remembered norm.
+        growth: largest factor by which one step may exceed the memory when it is learned.
+    """
+    from ars_kit_plugins.gating import NormMemory  # noqa: PLC0415 -- torch is slow to import
+
+    return NormMemory(decay=decay, growth=growth)
+
+
+def clip(*, limit: float = 1.0) -> DampingGate:
+    """Shrink a step whose global gradient norm exceeds a limit.
+
+    Args:
+        limit: largest norm that passes undamped.
+    """
+    from ars_kit_plugins.gating import ClipGate  # noqa: PLC0415 -- torch is slow to import
+
+    return ClipGate(limit=limit)
+
+
+@hookimpl
+def arskit_gates() -> list[Offer[DampingGate]]:
+    """Offer the built-in gates."""
+    return [
+        Offer("guard", "skip steps with a loss or gradient that is not finite", guard),
+        Offer("surprise", "damp steps with a surprising loss (Surprise Gate, Φ)", surprise),
+        Offer("norm-memory", "give each gradient the norm it has had of late", norm_memory),
+        Offer("entropy", "shrink steps while the loss oscillates (Entropy Guard, Ψ)", entropy),
+        Offer("jitter", "noise on damped step sizes (Chronos-Jitter, χ)", jitter),
+        Offer("clip", "shrink steps with a large gradient norm", clip),
+    ]

@@ -1,0 +1,255 @@
+"""The arithmetic of the built-in gates: tensor operations only, nothing read by the host.
+
+Robust statistics follow Hampel (1974); 1.4826 makes the median absolute deviation (MAD) estimate
+a normal standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ars_kit.spec import Damping, StepSignal
+
+MAD_TO_SIGMA = 1.4826
+
+
+class TensorState:
+    """A gate whose memory is tensors named in ``remembers``; None until the first step."""
+
+    remembers: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the remembered tensors."""
+        found = {name: getattr(self, name) for name in self.remembers}
+        return {k: None if v is None else v.clone() for k, v in found.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        for name in self.remembers:
+            value = state[name]
+            setattr(self, name, None if value is None else value.clone())
+
+
+class Guard(TensorState):
+    """Skip a step whose loss or gradient is not finite: weights and moments stay untouched."""
+
+    def __call__(self, signal: StepSignal) -> Damping:
+        """Return the skip flag."""
+        finite = signal.loss.isfinite() & signal.norms().isfinite().all()
+        return Damping(skip=~finite)
+
+
+class ClipGate(TensorState):
+    """Shrink a step whose global gradient norm exceeds ``limit`` (Pascanu et al., 1211.5063)."""
+
+    def __init__(self, *, limit: float = 1.0) -> None:
+        if not limit > 0:
+            raise ValueError(f"limit must be greater than 0, not {limit}")
+        self.limit = limit
+
+    def __call__(self, signal: StepSignal) -> Tensor:
+        """Return min(1, limit / norm)."""
+        norm = torch.linalg.vector_norm(signal.norms())
+        return (self.limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+class SurpriseGate(TensorState):
+    """Φ: damp a step whose loss stands out of the recent ones.
+
+    Over the last 32 accepted losses (from 16 on) sigma = max(1.4826 MAD, 0.01 |median|, 0.02) and
+    z = (loss - median) / sigma. Where z > limit, Φ = (limit / z)^(20 damping), which at the
+    default 0.1 is the square. Φ multiplies the gradient before the moments, where a transient is
+    undone best; from the second surprise in a row on it multiplies the step size too, since
+    adaptive optimizers divide a lasting gradient factor out again. After ``patience`` surprises
+    in a row the shift is taken for real and let through until z falls below the limit.
+
+    ``reading`` is z.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("window", "run")
+    WINDOW = 32
+    NEEDED = 16
+
+    def __init__(self, *, damping: float = 0.1, limit: float = 4.0, patience: int = 8) -> None:
+        if damping < 0 or limit <= 0 or patience < 0:
+            raise ValueError("damping and patience must not be negative, and limit must be > 0")
+        self.power = 20.0 * damping
+        self.limit = limit
+        self.patience = patience
+        self.window: Tensor | None = None
+        self.run: Tensor | None = None
+        self.reading = torch.zeros(())
+
+    def __call__(self, signal: StepSignal) -> Damping:
+        """Return Φ for the gradient and, from the second surprise in a row on, the step."""
+        loss = signal.loss
+        if self.window is None or self.run is None:
+            self.window = torch.full((self.WINDOW,), torch.nan, device=loss.device)
+            self.run = torch.zeros((), device=loss.device)
+        middle = self.window.nanmedian()
+        mad = (self.window - middle).abs().nanmedian()
+        sigma = torch.maximum(MAD_TO_SIGMA * mad, 0.01 * middle.abs()).clamp(min=0.02)
+        enough = self.window.isfinite().sum() >= self.NEEDED
+        usable = enough & ~signal.skip & loss.isfinite()
+        z = torch.where(usable, (loss - middle) / sigma, torch.zeros_like(loss))
+        surprised = z > self.limit
+        self.run = torch.where(
+            signal.skip, self.run, torch.where(surprised, self.run + 1, torch.zeros_like(self.run))
+        )
+        acting = surprised & (self.run <= self.patience)
+        phi = torch.where(acting, (self.limit / z.clamp(min=self.limit)) ** self.power, 1.0)
+        self.window = _remember(self.window, loss, signal.skip)
+        self.reading = z
+        return Damping(gradient=phi, step=torch.where(self.run > 1, phi, 1.0))
+
+
+class NormMemory(TensorState):
+    """Rescale each tensor's gradient g to the norm gamma it has had of late: g gamma / |g|.
+
+    gamma <- decay gamma + (1 - decay) min(|g|, growth gamma), learned only from steps that are
+    neither skipped nor damped below 1/2. A cousin of AdaGC (2502.11034), which only ever shrinks,
+    and of Stable-SPAM (2502.17055). A gradient that was exactly zero so far (the inner weights of
+    a block born as the identity) begins its memory with its first value.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("gamma",)
+
+    def __init__(self, *, decay: float = 0.98, growth: float = 1.05) -> None:
+        if not 0 <= decay < 1 or growth < 1:
+            raise ValueError("decay must lie in [0, 1) and growth must be at least 1")
+        self.decay, self.growth = decay, growth
+        self.gamma: Tensor | None = None
+
+    def __call__(self, signal: StepSignal) -> Damping:
+        """Return one factor a tensor."""
+        norms = signal.norms()
+        gamma = self.gamma
+        if gamma is None or gamma.shape != norms.shape:
+            gamma = torch.zeros_like(norms)
+        learn = ~signal.skip & (signal.damping > 0.5)
+        gamma = torch.where((gamma == 0) & learn, norms, gamma)
+        usable = (norms > 0) & (gamma > 0) & ~signal.skip
+        factor = torch.where(usable, gamma / norms, 1.0)
+        target = torch.minimum(norms, self.growth * gamma)
+        self.gamma = torch.where(learn, self.decay * gamma + (1 - self.decay) * target, gamma)
+        return Damping(gradient=factor)
+
+
+class EntropyGuard(TensorState):
+    """Ψ: shrink the step size while the loss oscillates, or rises, without progress.
+
+    Every 8 steps over the last 64 accepted losses: remove a quadratic trend, whiten by AR(1),
+    winsorise at 3 MAD, and test the periodogram's bins of period 16 and less by Fisher's g =
+    max P / sum P (Fisher 1929): significant at alpha where g > 1 - (alpha / 29)^(1 / 28). It
+    counts only without progress, that is where the median of the later half is not half a sigma
+    (of the detrended losses) below that of the earlier half. A later half standing 3 sigma above the best so far and
+    still rising counts as well. On: Ψ <- max(floor, 0.7 Ψ); off: Ψ <- min(1, 1.02^8 Ψ).
+
+    ``threshold`` maps to alpha = 1e-3 * 10^((0.5 - threshold) / 0.1). ``reading`` is Ψ.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("window", "psi", "best")
+    WINDOW = 64
+    EVERY = 8
+    FIRST_BIN = 4
+
+    def __init__(self, *, threshold: float = 0.5, floor: float = 0.1) -> None:
+        if not 0 <= floor <= 1:
+            raise ValueError(f"floor must lie in [0, 1], not {floor}")
+        bins = self.WINDOW // 2 - self.FIRST_BIN + 1
+        alpha = min(1.0, 1e-3 * 10 ** ((0.5 - threshold) / 0.1))
+        self.critical = 1 - (alpha / bins) ** (1 / (bins - 1))
+        self.floor = floor
+        self.window: Tensor | None = None
+        self.psi: Tensor | None = None
+        self.best: Tensor | None = None
+        self.reading = torch.ones(())
+
+    def __call__(self, signal: StepSignal) -> Damping:
+        """Return Ψ for the step size."""
+        loss = signal.loss
+        if self.window is None or self.psi is None or self.best is None:
+            self.window = torch.full((self.WINDOW,), torch.nan, device=loss.device)
+            self.psi = torch.ones((), device=loss.device)
+            self.best = torch.full((), torch.inf, device=loss.device)
+        self.window = _remember(self.window, loss, signal.skip)
+        if signal.step % self.EVERY == self.EVERY - 1:
+            full = self.window.isfinite().all()
+            alarm, middle = self.detect(self.window, self.best)
+            damped = torch.where(
+                alarm, (0.7 * self.psi).clamp(min=self.floor), (self.psi * 1.02**8).clamp(max=1.0)
+            )
+            self.psi = torch.where(full, damped, self.psi)
+            self.best = torch.where(full, torch.minimum(self.best, middle), self.best)
+        self.reading = self.psi
+        return Damping(step=self.psi)
+
+    def detect(self, losses: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge windows of losses, shape (..., 64).
+
+        Returns:
+            Whether each is in trouble, and the median of its later half; shape (...).
+        """
+        rest = losses - losses @ _trend(self.WINDOW, losses.device)
+        energy = rest.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        # Only redness is whitened away: a negative phi is what a period of two looks like.
+        phi = ((rest[..., 1:] * rest[..., :-1]).sum(-1, keepdim=True) / energy).clamp(0.0, 0.99)
+        first = rest[..., :1] * (1 - phi.square()).sqrt()
+        white = torch.cat([first, rest[..., 1:] - phi * rest[..., :-1]], -1)
+        bound = 3 * MAD_TO_SIGMA * white.abs().median(-1, keepdim=True).values
+        white = white.clamp(-bound, bound)
+        power = torch.fft.rfft(white).abs().square()[..., self.FIRST_BIN :]
+        fisher = power.amax(-1) / power.sum(-1).clamp(min=1e-30)
+        half = self.WINDOW // 2
+        before = losses[..., :half].median(-1).values
+        middle = losses[..., half:].median(-1).values
+        sigma = MAD_TO_SIGMA * rest.abs().median(-1).values
+        stuck = before - middle < 0.5 * sigma
+        risen = (middle > best + 3 * sigma) & (middle > before + sigma)
+        return (stuck & (fisher > self.critical)) | risen, middle
+
+
+class ChronosJitter(TensorState):
+    """χ: while the step size is damped, multiply it by exp(s e - s^2 / 2), e normal.
+
+    The noise is a pure function of (seed, step). It never helped in any measurement; it is kept
+    for completeness, and off by default.
+    """
+
+    bounded = False
+
+    def __init__(self, *, scale: float = 0.0, seed: int = 0) -> None:
+        if scale < 0:
+            raise ValueError(f"scale must not be negative, not {scale}")
+        self.scale, self.seed = scale, seed
+
+    def __call__(self, signal: StepSignal) -> Damping:
+        """Return the noise factor for the step size."""
+        source = torch.Generator().manual_seed(self.seed * 1_000_003 + signal.step)
+        draw = torch.randn((), generator=source).item()  # a CPU number: no device waits
+        factor = math.exp(self.scale * draw - self.scale**2 / 2)
+        return Damping(step=torch.where(signal.step_damping < 1, factor, 1.0))
+
+
+def _remember(window: Tensor, value: Tensor, skip: Tensor) -> Tensor:
+    """Shift ``value`` into the window unless the step is skipped or the value not finite."""
+    shifted = torch.cat([window[1:], value[None]])
+    return torch.where(skip | ~value.isfinite(), window, shifted)
+
+
+_TRENDS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _trend(n: int, device: torch.device) -> Tensor:
+    """Return the projection onto quadratics, (n, n); symmetric, so it applies from either side."""
+    key = n, device
+    if key not in _TRENDS:
+        t = torch.linspace(-1, 1, n, dtype=torch.float64)
+        basis, _ = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t * t], 1))
+        _TRENDS[key] = (basis @ basis.T).float().to(device)
+    return _TRENDS[key]

@@ -1,0 +1,42 @@
+"""The built-in optimizer wrappers, as offers: which gates ARS puts around a base optimizer."""
+
+from __future__ import annotations
+
+from ars_kit.spec import DampingGate, GateStack, Offer, hookimpl
+
+
+def ars_gates(
+    *,
+    entropy_threshold: float = 0.5,
+    surprise_damping: float = 0.1,
+    norm_memory: bool = True,
+    jitter: float = 0.0,
+    seed: int = 0,
+) -> dict[str, DampingGate]:
+    """Return the gates of ARS in the order they are asked.
+
+    Args:
+        entropy_threshold: of the Entropy Guard; alpha = 1e-3 at 0.5, ten times more per 0.1 less.
+        surprise_damping: of the Surprise Gate; 0.1 squares the ratio of limit to surprise.
+        norm_memory: give each gradient the norm it has had of late.
+        jitter: standard deviation of Chronos-Jitter's log-normal noise; 0 leaves it out.
+        seed: of the jitter.
+    """
+    from ars_kit_plugins import gating  # noqa: PLC0415 -- torch is slow to import
+
+    gates: dict[str, DampingGate] = {
+        "guard": gating.Guard(),
+        "surprise": gating.SurpriseGate(damping=surprise_damping),
+    }
+    if norm_memory:
+        gates["norm-memory"] = gating.NormMemory()
+    gates["entropy"] = gating.EntropyGuard(threshold=entropy_threshold)
+    if jitter:
+        gates["jitter"] = gating.ChronosJitter(scale=jitter, seed=seed)
+    return gates
+
+
+@hookimpl
+def arskit_wrappers() -> list[Offer[GateStack]]:
+    """Offer the built-in wrappers."""
+    return [Offer("ars", "damp unstable steps: guard, Φ, norm memory, Ψ", ars_gates)]
