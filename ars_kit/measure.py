@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from ars_kit.models import build
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -54,6 +56,11 @@ class Meter:
             self.seconds += time.perf_counter() - self._since
             self._since = None
         self.peak_rss = max(self.peak_rss, peak_rss())
+
+    def elapsed(self) -> float:
+        """Return the training time up to this moment, in seconds."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self.seconds + running
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed member goes on from."""
@@ -140,8 +147,6 @@ def probe_training(
     config: PretrainedConfig, *, sequence_length: int, micro_batch: int, device: torch.device
 ) -> float:
     """Return the seconds that forward and backward of one micro-batch take, best of three."""
-    from ars_kit.models import build  # noqa: PLC0415 -- transformers is slow to import
-
     model = build(config, seed=0).to(device)
     shape = (micro_batch, sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -114,9 +114,7 @@ def _wrapper_and_base(host: Host, settings: OptimizerSettings) -> tuple[Choice |
     )
 
 
-def _placed(
-    host: Host, wrapper: Choice, settings: OptimizerSettings, position: float
-) -> Choice:
+def _placed(host: Host, wrapper: Choice, settings: OptimizerSettings, position: float) -> Choice:
     """Add this member's share of the per-member settings that the wrapper knows."""
     known = signature_of(host.listing("wrappers", wrapper.name).offer.make)
     placed = {}

@@ -288,7 +288,9 @@ def locate(name: str, out: Path) -> Path:
     if name == "best":
         best = out / BEST
         if not best.exists():
-            raise ConfigError(f"no best member chosen in {out} yet; type: arskit select --out {out}")
+            raise ConfigError(
+                f"no best member chosen in {out} yet; type: arskit select --out {out}"
+            )
         name = str(json.loads(best.read_text())["member"])
     if folder.has(name):
         return folder.open_member(name)

@@ -33,9 +33,7 @@ def adamw(
     return torch.optim.AdamW(_rated(params), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
-def sgd(
-    params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = False
-) -> Optimizer:
+def sgd(params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
     """Stochastic gradient descent with momentum, fused.
 
     Args:
@@ -45,9 +43,7 @@ def sgd(
     """
     import torch  # noqa: PLC0415 -- slow to import
 
-    return torch.optim.SGD(
-        _rated(params), lr=lr, momentum=momentum, nesterov=nesterov, fused=True
-    )
+    return torch.optim.SGD(_rated(params), lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
 
 
 def adafactor(params: Groups, *, lr: float, beta2_decay: float = -0.8) -> Optimizer:

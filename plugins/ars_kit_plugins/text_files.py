@@ -68,9 +68,7 @@ class TextFiles:
 
         kind = TABLES[path.suffix.lower()]
         try:
-            rows = datasets.load_dataset(
-                kind, data_files=str(path), split="train", streaming=True
-            )
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             yield from table_rows(rows, self.column, str(path))
         except DataError:
             raise

@@ -1,0 +1,148 @@
+"""What a person sees while a family trains: a table that fills, or plain lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ars_kit.measure import Meter
+
+if TYPE_CHECKING:
+    from ars_kit.plan import RunPlan
+
+HEADINGS = ("member", "parent", "step", "loss", "held-out", "damping", "tokens/s", "left", "cost $")
+PLAIN_EVERY = 5.0
+"""Seconds between the lines of a display that is no terminal."""
+
+
+class Display:
+    """Follows a family on stderr; a terminal gets a live table, anything else plain lines.
+
+    Args:
+        plan: what was planned.
+        console: where to; its ``is_terminal`` decides the form.
+    """
+
+    def __init__(self, plan: RunPlan, console: Console) -> None:
+        self.plan, self.console = plan, console
+        self.rows: dict[str, list[str]] = {
+            m.name: [m.name, m.parent or "-", f"0/{m.steps}", *["-"] * 6] for m in plan.members
+        }
+        self._live: Live | None = None
+        self._spoke = 0.0
+        self._preparing = ""
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show the table for as long as this lasts."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(self._table(), console=self.console, refresh_per_second=4) as live:
+            self._live = live
+            yield
+            live.update(self._table())
+            self._live = None
+
+    def preparing(self, stage: str, count: int) -> None:
+        """Hear of the text's preparation."""
+        if stage != self._preparing:
+            self._preparing = stage
+            self._say(f"{stage} ...")
+        elif time.monotonic() - self._spoke > PLAIN_EVERY:
+            self._say(f"{stage}: {count:,}")
+
+    def born(self, member: str, facts: Mapping[str, Any]) -> None:
+        """Hear that a member starts, or goes on."""
+        if facts["parent"] is None:
+            self._say(f"{member}: from fresh weights")
+            return
+        change, share = facts["birth_logits_difference"], facts["inherited_share"]
+        self._say(
+            f"{member}: from {facts['parent']}, {share:.0%} inherited, "
+            f"largest change of a logit {change:.2g}"
+        )
+
+    def steps(
+        self, member: str, done: int, rows: Sequence[Mapping[str, Any]], meter: Meter
+    ) -> None:
+        """Hear of steps that are over."""
+        if not rows:
+            return
+        planned = next(m for m in self.plan.members if m.name == member)
+        loss = rows[-1]["loss"]
+        damping = sum(r["gradient"] * r["step_size"] for r in rows) / len(rows)
+        seconds = meter.elapsed()
+        rate = meter.tokens / seconds if seconds else 0.0
+        left = (planned.tokens - meter.tokens) / rate if rate else 0.0
+        cost = seconds / 3600 * self.plan.settings.run.price_per_hour
+        self.rows[member][2:] = [
+            f"{done}/{planned.steps}",
+            f"{loss:.3f}",
+            self.rows[member][4],
+            f"{damping:.3f}",
+            f"{rate:,.0f}",
+            duration(left),
+            f"{cost:.4f}",
+        ]
+        self._update()
+        if self._live is None and time.monotonic() - self._spoke > PLAIN_EVERY:
+            row = self.rows[member]
+            self._say(f"{member}: step {row[2]}, loss {row[3]}, {row[6]} tokens/s, {row[7]} left")
+
+    def finished(self, metrics: Mapping[str, Any]) -> None:
+        """Hear that a member is committed."""
+        heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]
+        row = self.rows[str(metrics["model_id"])]
+        row[2:] = [
+            f"{metrics['steps']}/{metrics['steps']}",
+            _figure(metrics["final_loss"], "{:.3f}"),
+            _figure(heldout, "{:.3f}"),
+            _figure(damping, "{:.3f}"),
+            _figure(metrics["tokens_per_second"], "{:,.0f}"),
+            "done",
+            f"{metrics['cost']:.4f}",
+        ]
+        self._update()
+        if self._live is None:
+            self._say(f"{row[0]}: done, held-out loss {row[4]} nats per token")
+
+    def _say(self, line: str) -> None:
+        self._spoke = time.monotonic()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _update(self) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+
+    def _table(self) -> Table:
+        return table(HEADINGS, list(self.rows.values()))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table whose first two columns are names and whose rest are figures."""
+    made = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time as a person says it: ``48 s``, ``3.2 min``, ``5.1 h``."""
+    if seconds is None:
+        return "-"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _figure(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)

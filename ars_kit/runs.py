@@ -1,0 +1,229 @@
+"""A whole run: check, freeze, prepare, train, report. The one call behind ``arskit run``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from ars_kit.data import Corpus, Progress, prepare
+from ars_kit.errors import ConfigError
+from ars_kit.family import (
+    Family,
+    FamilyWatcher,
+    best_of,
+    evaluand_of,
+    make_accelerator,
+    read_metrics,
+    run_family,
+)
+from ars_kit.host import Host
+from ars_kit.models import load_member
+from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
+from ars_kit.report import report
+from ars_kit.settings import Settings, differences, parse_members, resolve, to_toml
+from ars_kit.store import BEST, RunFolder, locate, read_history
+from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.train import Stop
+
+FROZEN = "run.toml"
+DATA_RECORD = "data.json"
+
+
+def execute(
+    plan: RunPlan,
+    host: Host,
+    out: Path,
+    cache: Path,
+    *,
+    watcher: FamilyWatcher,
+    progress: Progress | None = None,
+    restart: bool = False,
+) -> tuple[list[dict[str, Any]], str]:
+    """Run a plan to its end, or on from where it stopped; returns all metrics and the best.
+
+    Raises:
+        ConfigError: the folder is in use, or holds a run of another plan.
+        DataError: the text cannot be had.
+        Preempted: a signal came; the state is saved.
+    """
+    stop = Stop()
+    accelerator = make_accelerator(plan)
+    folder = RunFolder(out)
+    guard = folder.lock() if accelerator.is_main_process else nullcontext()
+    with guard, stop.listening():
+        if accelerator.is_main_process:
+            if restart:
+                folder.start_anew()
+            _require_same_plan(folder, plan.settings)
+            folder.preflight(plan.disk_bytes)
+        with accelerator.main_process_first():
+            corpus = open_corpus(plan.settings, host, cache, progress)
+        if accelerator.is_main_process:
+            _freeze(folder, plan.settings, corpus)
+        accelerator.wait_for_everyone()
+        family = Family(plan, host, folder, corpus, watcher, stop, accelerator)
+        metrics = run_family(family)
+        best = metrics[-1]["model_id"]
+        if all(m.get("heldout_loss") is not None for m in metrics):
+            best = best_of(metrics)
+            if accelerator.is_main_process:
+                folder.write_text("report.md", report(metrics, best))
+                record_best(folder, best, "heldout_loss")
+        return metrics, best
+
+
+def open_corpus(
+    settings: Settings, host: Host, cache: Path, progress: Progress | None = None
+) -> Corpus:
+    """Prepare the run's text, or find it in the cache."""
+    source = host.make("data_sources", parse_source(settings.data.source, host))
+    base = settings.family.base
+    spec: TokenizerSpec = Pretrained(base) if base else TrainBPE(settings.family.vocab_size)
+    train, heldout = require_batch(settings)
+    return prepare(
+        source,
+        tokenizer=spec,
+        cache=cache,
+        heldout_fraction=settings.data.heldout_fraction,
+        need_train=train,
+        need_heldout=heldout,
+        progress=progress,
+    )
+
+
+def frozen_settings(out: Path) -> Settings:
+    """Return the settings a folder's run was started with.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = out / FROZEN
+    if not path.exists():
+        raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
+    return resolve({}, {}, path)
+
+
+def evaluate(
+    names: list[str], host: Host, out: Path, cache: Path, overrides: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Judge members, ``best``, or any model directories; returns their figures.
+
+    Args:
+        names: what to judge.
+        host: the installed plugins.
+        out: the run folder, whose frozen settings apply where there are any.
+        cache: of prepared data.
+        overrides: settings by ``section.key`` that take their place.
+    """
+    frozen = out / FROZEN
+    settings = resolve(overrides, {}, frozen if frozen.exists() else None)
+    found = []
+    for name in names:
+        path = locate(name, out)
+        # The model's own tokenizer decides what its text looks like in tokens.
+        source = host.make("data_sources", parse_source(settings.data.source, host))
+        corpus = prepare(
+            source,
+            tokenizer=_own_tokenizer(settings, path),
+            cache=cache,
+            heldout_fraction=settings.data.heldout_fraction,
+            need_heldout=2,
+        )
+        model = load_member(path).to(pick_device(settings.train.device))  # type: ignore[arg-type]
+        figures: dict[str, Any] = {"model_id": name}
+        for choice in settings.run.evaluators:
+            evaluand = evaluand_of(
+                name,
+                model,
+                corpus,
+                context=settings.data.sequence_length,
+                limit=settings.data.heldout_tokens,
+                batch_size=settings.train.batch_size,
+            )
+            figures |= host.make("evaluators", choice)(evaluand)
+        found.append(figures)
+    return found
+
+
+def select(out: Path, metric: str) -> dict[str, Any]:
+    """Choose the committed member with the lowest ``metric`` and record it as ``best``.
+
+    Raises:
+        ConfigError: there is no run, or no member has such a figure.
+    """
+    folder = RunFolder(out)
+    names = folder.members()
+    if not names:
+        raise ConfigError(f"no member is committed in {out} yet")
+    metrics = [read_metrics(folder, name) for name in names]
+    best = best_of(metrics, metric)
+    return record_best(folder, best, metric)
+
+
+def record_best(folder: RunFolder, best: str, metric: str) -> dict[str, Any]:
+    """Write ``best.json``: the member, and the rule by which it was chosen."""
+    value = read_metrics(folder, best)[metric]
+    record = {"member": best, "metric": metric, "value": value, "rule": f"lowest {metric}"}
+    folder.write_text(BEST, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def status(out: Path) -> list[dict[str, Any]]:
+    """Return each planned member's state, from the folder alone."""
+    settings = frozen_settings(out)
+    folder = RunFolder(out)
+    rows = []
+    for depth in parse_members(settings.family.members):
+        name = f"d{depth}"
+        if folder.has(name):
+            rows.append({"state": "done", **read_metrics(folder, name)})
+            continue
+        path = folder.history_path(name)
+        history = read_history(path) if path.exists() else []
+        last = history[-1] if history else {}
+        rows.append(
+            {
+                "model_id": name,
+                "state": "training" if history else "waiting",
+                "steps": len(history),
+                "last_loss": last.get("loss"),
+            }
+        )
+    return rows
+
+
+def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
+    """Return the tokenizer that the run trained, or the one beside a stranger's weights."""
+    is_ours = (path.parent / FROZEN).exists() and settings.family.base is None
+    same_text = (
+        is_ours and resolve({}, {}, path.parent / FROZEN).data.source == settings.data.source
+    )
+    return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
+
+
+def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
+    path = folder.path / FROZEN
+    if not path.exists():
+        return
+    changed = differences(resolve({}, {}, path), settings)
+    if changed:
+        raise ConfigError(
+            f"{folder.path} holds a run of another plan: {'; '.join(changed)}. Go on with the old "
+            "one by --resume, throw it away by --restart, or choose another --out"
+        )
+
+
+def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
+    """Write what must not change over the run; refuse if the text did."""
+    record = folder.private / DATA_RECORD
+    now = {"data": corpus.facts.data_hash, "tokenizer": corpus.facts.tokenizer_hash}
+    if record.exists() and json.loads(record.read_text()) != now:
+        raise ConfigError(
+            f"the text of {settings.data.source!r} has changed since this run began in "
+            f"{folder.path}; put it back, or start anew with --restart"
+        )
+    folder.write_text(f"{folder.private.name}/{DATA_RECORD}", json.dumps(now))
+    folder.write_text(FROZEN, to_toml(settings))

@@ -1,0 +1,235 @@
+"""One member's training loop, on accelerate."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ars_kit.errors import DivergedError, Interrupted, Preempted
+from ars_kit.measure import Meter
+from ars_kit.models import set_weights, weights_of
+from ars_kit.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ars_kit.damping import DampedOptimizer
+    from ars_kit.plan import MemberPlan
+    from ars_kit.settings import Settings
+    from ars_kit.store import RunFolder
+    from ars_kit.tokens import Batches
+
+
+class Watcher(Protocol):
+    """Told what happens, so that somebody can look on."""
+
+    def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
+        """Hear of steps that were read from the device: ``done`` of the member's are over."""
+        ...
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether the user or the machine asked the run to end."""
+
+    signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the first SIGINT or SIGTERM; a second one ends the process at once."""
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, _: FrameType | None) -> None:
+            self.signal = number
+            for s in before:
+                signal.signal(s, signal.SIG_DFL)
+
+        for s in before:
+            signal.signal(s, note)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+@dataclass(slots=True)
+class Trainee:
+    """Everything the loop needs of one member."""
+
+    plan: MemberPlan
+    settings: Settings
+    model: PreTrainedModel
+    optimizer: DampedOptimizer
+    batches: Batches
+    accelerator: Accelerator
+    folder: RunFolder
+    watcher: Watcher
+    stop: Stop
+    warmup: int
+    meter: Meter = field(default_factory=Meter)
+    bad_in_a_row: int = 0
+
+
+def train_member(job: Trainee) -> None:
+    """Train ``job.model`` in place from its newest state, or from its birth.
+
+    Leaves the final training state committed; the caller commits the member.
+
+    Raises:
+        DivergedError: too many steps in a row were not finite.
+        Preempted: SIGTERM came; the state is saved. :class:`Interrupted` for SIGINT.
+    """
+    plan, run = job.plan, job.settings.run
+    first = resume(job)
+    if first >= plan.steps:
+        return
+    wrapped = job.accelerator.prepare(job.model)
+    wrapped.train()
+    job.meter.start(job.accelerator.device)
+    for step in range(first, plan.steps):
+        train_step(job, wrapped, step)
+        done = step + 1
+        asked = _asked_to_stop(job, done)
+        if done % run.log_every == 0 or done == plan.steps or asked:
+            _log(job, done)
+        if done % run.save_every == 0 or done == plan.steps or asked:
+            save(job, done)
+        if asked and done < plan.steps:
+            kind = Interrupted if job.stop.signal == signal.SIGINT else Preempted
+            raise kind(
+                f"stopped {plan.name} after step {done} of {plan.steps}, state saved; "
+                "run the same command again to go on"
+            )
+
+
+def train_step(job: Trainee, wrapped: Any, step: int) -> None:
+    """Do one optimizer step. Nothing in here waits for the device."""
+    train, accelerator = job.settings.train, job.accelerator
+    # Random draws (dropout) are a function of the step, so that resuming replays none of them.
+    torch.manual_seed((job.settings.family.seed * 1_000_003 + job.plan.start + step) % 2**63)
+    factor = lr_factor(
+        step,
+        steps=job.plan.steps,
+        schedule=train.schedule,
+        warmup=job.warmup,
+        decay_fraction=train.decay_fraction,
+    )
+    set_rates(job.optimizer, factor)
+    for micro in range(train.accumulation):
+        last = micro == train.accumulation - 1
+        window = torch.from_numpy(job.batches.batch(step, micro, train.accumulation))
+        window = window.to(accelerator.device, non_blocking=True)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+            loss = loss / train.accumulation
+            accelerator.backward(loss)
+        job.optimizer.observe(loss)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    job.meter.tokens += train.batch_size * job.settings.data.sequence_length
+
+
+def set_rates(optimizer: DampedOptimizer, factor: float) -> None:
+    """Set each group's learning rate to ``factor`` of its peak, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def remember_peaks(optimizer: DampedOptimizer) -> None:
+    """Note each group's peak learning rate, once the optimizer is made."""
+    for group in optimizer.param_groups:
+        group["peak_lr"] = float(group["lr"])
+
+
+def mean_over_ranks(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
+    """Return the loss reduction that makes every rank damp alike, or None for one process."""
+    if accelerator.num_processes == 1:
+        return None
+    return lambda loss: accelerator.reduce(loss, reduction="mean")  # type: ignore[no-any-return]
+
+
+def resume(job: Trainee) -> int:
+    """Load the newest training state, if there is one; returns the next step."""
+    found = job.folder.load_state(job.plan.name)
+    step, tree = found if found else (0, None)
+    if tree is not None:
+        set_weights(job.model, tree["weights"])
+        job.optimizer.load_state_dict(tree["optimizer"])
+        job.meter.load_state_dict(tree["meter"])
+        job.bad_in_a_row = tree["bad_in_a_row"]
+    if job.accelerator.is_main_process:
+        job.folder.cut_history(job.plan.name, step)
+    job.accelerator.wait_for_everyone()
+    return step
+
+
+def save(job: Trainee, step: int) -> None:
+    """Commit the training state after ``step`` steps; one process writes."""
+    job.meter.pause(job.accelerator.device)
+    if job.accelerator.is_main_process:
+        tree = {
+            "weights": weights_of(job.model),
+            "optimizer": job.optimizer.state_dict(),
+            "meter": job.meter.state_dict(),
+            "bad_in_a_row": job.bad_in_a_row,
+        }
+        job.folder.save_state(job.plan.name, tree, step=step)
+    job.accelerator.wait_for_everyone()
+    job.meter.start(job.accelerator.device)
+
+
+def _log(job: Trainee, done: int) -> None:
+    """Read what the device recorded since the last time, once for many steps."""
+    rows = job.optimizer.drain()
+    for row in rows:
+        job.bad_in_a_row = job.bad_in_a_row + 1 if row["skipped"] else 0
+        if job.bad_in_a_row >= job.settings.train.max_skipped:
+            raise DivergedError(
+                f"{job.plan.name} diverged: {job.bad_in_a_row} steps in a row up to step "
+                f"{row['step']} had a loss or gradient that was not finite. Lower train.lr; "
+                "nothing of it was committed"
+            )
+    if job.accelerator.is_main_process:
+        job.folder.append_history(job.plan.name, [_plain(row) for row in rows])
+        job.watcher.steps(job.plan.name, done, rows, job.meter)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Make a row valid JSON: a loss that is not a number becomes null."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+
+
+def _asked_to_stop(job: Trainee, done: int) -> bool:
+    """Whether to end after this step; ranks agree, and only where they read the device anyway."""
+    if job.accelerator.num_processes == 1:
+        return job.stop.signal is not None
+    if done % job.settings.run.log_every:
+        return False
+    flag = torch.tensor(float(job.stop.signal or 0), device=job.accelerator.device)
+    highest = float(job.accelerator.gather(flag.reshape(1)).max())
+    job.stop.signal = int(highest) or None
+    return job.stop.signal is not None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, for plugins that draw from the global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 -- the global generator is the point
+    torch.manual_seed(seed)
