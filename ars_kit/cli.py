@@ -14,9 +14,6 @@ import click
 from ars_kit import __version__
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
 
-# Everything that computes is imported inside the command that needs it: `arskit --help` answers
-# at once. ruff: noqa: PLC0415
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -124,7 +121,8 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     click.echo(markdown_table(metrics))
     click.echo(
         f"\nBest by held-out loss: {best}. Members lie in {out}/, the report is {out}/report.md.\n"
-        f"Next: arskit evaluate {best} --out {out} | arskit verify --out {out} | arskit status --out {out}"
+        f"Next: arskit evaluate {best} --out {out}\n"
+        f"      arskit verify --out {out}"
     )
 
 

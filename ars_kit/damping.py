@@ -60,7 +60,7 @@ class DampedOptimizer(Optimizer):
             "_optimizer_load_state_dict_post_hooks",
         ):
             setattr(self, table, OrderedDict())
-        self._patch_step_function()  # type: ignore[no-untyped-call]
+        self._patch_step_function()
         self._reduce = reduce
         self._fold = fold
         self._loss: Tensor | None = None
@@ -72,7 +72,7 @@ class DampedOptimizer(Optimizer):
 
     # The base owns these three; whoever reads or replaces them here reads or replaces its own.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self.base.param_groups
 
@@ -81,7 +81,7 @@ class DampedOptimizer(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's state."""
         return self.base.state
 
@@ -90,7 +90,7 @@ class DampedOptimizer(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base.defaults
 
@@ -121,9 +121,7 @@ class DampedOptimizer(Optimizer):
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:
         """Ask the gates, then let the base step, damped.
 
         Raises:
@@ -188,14 +186,14 @@ class DampedOptimizer(Optimizer):
             if skip:
                 return
             if total.vector is not None:
-                torch._foreach_mul_(grads, list((total.vector * gradient).unbind()))  # noqa: SLF001
+                torch._foreach_mul_(grads, list((total.vector * gradient).unbind()))
             elif gradient != 1.0:
-                torch._foreach_mul_(grads, gradient)  # noqa: SLF001 -- what torch.nn.utils uses
+                torch._foreach_mul_(grads, gradient)
             with _Rates(self.param_groups, None if step == 1.0 else step):
                 self.base.step()
             return
         if total.vector is not None:
-            torch._foreach_mul_(grads, list(total.vector.unbind()))  # noqa: SLF001
+            torch._foreach_mul_(grads, list(total.vector.unbind()))
         base: Any = self.base
         base.grad_scale, base.found_inf = 1.0 / total.gradient, total.skip.float()
         try:
@@ -285,7 +283,7 @@ class DampedOptimizer(Optimizer):
             },
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; a bare base's state is accepted too."""
         rest = dict(state_dict)
         damping = rest.pop("damping", None)
@@ -384,7 +382,8 @@ class _Rates:
 def _norms(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(0)
-    return torch.stack(torch._foreach_norm(grads)).float()  # noqa: SLF001 -- clip_grad_norm_ does
+    norms = torch._foreach_norm(grads)  # noqa: SLF001 -- as torch.nn.utils.clip_grad_norm_ does
+    return torch.stack(norms).float()
 
 
 def named_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -136,8 +136,9 @@ def _prepare_into(
         temp = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ConfigError(f"cannot write the data cache {folder.parent}: {error}") from error
+    spool = _Spool(temp / "text.spool")
     try:
-        spool = _Spool.fill(temp, source, progress)
+        spool.fill(source, progress)
         spool.divide(fraction)
         made = make_tokenizer(tokenizer, _capped(spool.texts("train")), temp / "tokenizer")
         dtype = np.dtype("uint16" if made.size <= 1 << 16 else "uint32")
@@ -160,6 +161,7 @@ def _prepare_into(
             fingerprint=identity,
         )
         spool.close()
+        (temp / "text.spool").unlink()
         (temp / "corpus.json").write_text(json.dumps(asdict(facts), indent=1, default=str))
         try:
             temp.rename(folder)
@@ -171,6 +173,7 @@ def _prepare_into(
     except OSError as error:
         raise DataError(f"preparing the text failed: {error}") from error
     finally:
+        spool.close()
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -179,7 +182,6 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("w+b")
-        self._path = path
         self.lengths = array("q")
         self.marks = array("Q")  # the first 8 bytes of each digest: decides the side
         self.duplicates = 0
@@ -188,9 +190,7 @@ class _Spool:
         self._fraction = 0.0
         self.data_hash = ""
 
-    @classmethod
-    def fill(cls, folder: Path, source: DataSource, progress: Progress | None) -> _Spool:
-        spool = cls(folder / "text.spool")
+    def fill(self, source: DataSource, progress: Progress | None) -> None:
         seen: set[bytes] = set()
         whole = hashlib.sha256()
         for n, document in enumerate(source.documents()):
@@ -199,19 +199,18 @@ class _Spool:
                 continue
             digest = hashlib.blake2b(raw, digest_size=16).digest()
             if digest in seen:
-                spool.duplicates += 1
+                self.duplicates += 1
                 continue
             seen.add(digest)
             whole.update(digest)
-            spool.lengths.append(len(raw))
-            spool.marks.append(int.from_bytes(digest[:8], "big"))
-            spool._file.write(raw)
+            self.lengths.append(len(raw))
+            self.marks.append(int.from_bytes(digest[:8], "big"))
+            self._file.write(raw)
             if progress and n % 256 == 0:
                 progress("reading documents", n)
-        if not spool.lengths:
+        if not self.lengths:
             raise DataError("the data source holds no text")
-        spool.data_hash = whole.hexdigest()
-        return spool
+        self.data_hash = whole.hexdigest()
 
     def divide(self, fraction: float) -> None:
         """Hold out documents by their content's hash, or a span of each where that is unfair."""
@@ -241,7 +240,6 @@ class _Spool:
 
     def close(self) -> None:
         self._file.close()
-        self._path.unlink()
 
 
 def _capped(texts: Iterator[str]) -> Iterator[str]:

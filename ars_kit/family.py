@@ -124,7 +124,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     settings, accelerator = family.plan.settings, family.accelerator
     seed_everything(settings.family.seed)
     model, seed, facts, opt_state = bear(family, member)
-    model.to(accelerator.device)  # type: ignore[arg-type]
+    model.to(accelerator.device)
     train = settings.train
     groups = parameter_groups(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from ars_kit.spec import Block
 
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+logger = logging.getLogger(__name__)
+
+POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+"""The degree in the gradient of each kind of state that can follow a scaled or extended weight."""
 
 State = Mapping[str, Mapping[str, Tensor]]
 
@@ -22,25 +25,40 @@ def derive_opt_state(
 
     A weight that is c times its parent's sees a gradient 1/c as large, by the chain rule through
     a function that was preserved. So first moments are divided by c and second moments by c
-    squared. What is new starts at zero under its parent's step count. State of any other kind
-    (Adafactor's factored moments) is left out, and the optimizer starts it afresh.
+    squared. New entries of an inherited tensor start at zero under its step count; a tensor that
+    is new throughout has no state, and the optimizer starts it afresh.
+
+    State of any other kind (Adafactor's factored moments) is carried where a tensor is a plain
+    copy. Where it is not, the whole tensor starts afresh: no optimizer takes half a state.
+
+    Args:
+        parent: the parent's state, ``{parameter: {"exp_avg": ..., "step": ...}}``.
+        provenance: as a strategy's :class:`~ars_kit.spec.Seed` carries it.
+        shapes: the child's parameters.
+
+    Returns:
+        New tensors, on the parent's devices and in their precision.
     """
     derived: dict[str, dict[str, Tensor]] = {}
+    dropped: set[str] = set()
     for name, blocks in provenance.items():
-        shape = shapes[name]
-        state: dict[str, Tensor] = {}
-        for block in blocks:
-            for key, old in parent.get(block.parent, {}).items():
-                if key == "step":
-                    state[key] = old.clone()
-                elif key in FIRST_MOMENTS | SECOND_MOMENTS:
-                    power = 1 if key in FIRST_MOMENTS else 2
-                    target = state.setdefault(key, old.new_zeros(shape))
-                    target[_slices(block.child_index)] = (
-                        old[_slices(block.parent_index)] / block.coefficient**power
-                    )
-        if state:
-            derived[name] = state
+        live = [b for b in blocks if parent.get(b.parent)]
+        if not live:
+            continue
+        whole = parent.get(blocks[0].parent, {})
+        if len(blocks) == 1 and _is_copy(blocks[0], whole, shapes[name]):
+            derived[name] = {key: old.clone() for key, old in whole.items()}
+            continue
+        unknown = {k for b in live for k in parent[b.parent] if k != "step" and k not in POWERS}
+        if unknown or any(b.coefficient == 0 for b in live):
+            dropped |= unknown
+            continue
+        derived[name] = _scaled(parent, live, shapes[name])
+    if dropped:
+        logger.info(
+            "optimizer state %s cannot follow a tensor that changed; those tensors start afresh",
+            ", ".join(sorted(dropped)),
+        )
     return derived
 
 
@@ -49,11 +67,45 @@ def inherited_share(
 ) -> float:
     """Return the share of the child's parameters that came from its parent, in [0, 1]."""
     total = sum(shape.numel() for shape in shapes.values())
-    covered = 0
-    for blocks in provenance.values():
-        for block in blocks:
-            covered += torch.Size([len(range(*span)) for span in block.child_index]).numel()
+    covered = sum(_extent(block) for blocks in provenance.values() for block in blocks)
     return covered / total if total else 0.0
+
+
+def _scaled(parent: State, blocks: Sequence[Block], shape: torch.Size) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for block in blocks:
+        for key, old in parent[block.parent].items():
+            if key == "step":
+                # Of several parents the longest lived: its bias correction is the mildest.
+                state[key] = torch.maximum(state[key], old) if key in state else old.clone()
+                continue
+            target = state.setdefault(key, old.new_zeros(shape))
+            target[_slices(block.child_index)] = (
+                old[_slices(block.parent_index)] / block.coefficient ** POWERS[key]
+            )
+    return state
+
+
+def _is_copy(block: Block, state: Mapping[str, Tensor], shape: torch.Size) -> bool:
+    """Return whether a tensor is its parent's, unchanged, and the state is of its shape.
+
+    A factored moment has the extent of the tensor or 1 in each dimension.
+    """
+    span = tuple((0, n, 1) for n in shape)
+    if block.coefficient != 1 or block.child_index != span or block.parent_index != span:
+        return False
+    return all(
+        old.ndim == 0
+        or (
+            old.ndim == len(shape)
+            and all(a in {1, b} for a, b in zip(old.shape, shape, strict=True))
+        )
+        for old in state.values()
+    )
+
+
+def _extent(block: Block) -> int:
+    return torch.Size([len(range(*span)) for span in block.child_index]).numel()
 
 
 def _slices(index: tuple[tuple[int, int, int], ...]) -> tuple[slice, ...]:

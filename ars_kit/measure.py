@@ -147,7 +147,8 @@ def probe_training(
     config: PretrainedConfig, *, sequence_length: int, micro_batch: int, device: torch.device
 ) -> float:
     """Return the seconds that forward and backward of one micro-batch take, best of three."""
-    model = build(config, seed=0).to(device)
+    model = build(config, seed=0)
+    model.to(device)  # type: ignore[arg-type]
     shape = (micro_batch, sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     seconds = []

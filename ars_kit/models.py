@@ -10,22 +10,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.pytorch_utils import Conv1D
 
-from ars_kit.errors import ConfigError
+from ars_kit.errors import ConfigError, IntegrityError
 
 REFERENCE_EPS = 1e-6
 REFERENCE_WIDTH = 32
 INTERMEDIATE_RATIO = 3
 """MLP width of an embedded member, as a multiple of its residual width."""
+
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*",
+    "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+"""What of a tokenizer's directory a member takes along: never a base's weights."""
+
+_HUB_REASONS: dict[type[Exception], str] = {
+    HFValidationError: "there is no such directory, and it is no hub id (owner/name)",
+    GatedRepoError: "the hub asks for a token with access to it; run `hf auth login`",
+    RepositoryNotFoundError: "the hub has no such model, or it is private",
+    LocalEntryNotFoundError: "it is not in the cache, and the hub cannot be reached or "
+    "HF_HUB_OFFLINE is set; name a local directory, or fetch it where there is a network",
+    SafetensorError: "a safetensors file is damaged; fetch it again",
+}
 
 
 def embedded_config(
@@ -53,17 +77,33 @@ def embedded_config(
         attention_dropout=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=0,
+        # No pad token: torch gives the embedding of one no gradient, and here it would be the end
+        # of text, which the members read between documents.
+        pad_token_id=None,
         dtype="float32",
     )
 
 
 def grown_config(base: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """Return ``base`` with ``layers`` layers and everything else as it is."""
+    """Return ``base`` with ``layers`` layers and everything else as it is.
+
+    Where layers differ in kind (sliding or full attention), the pattern is stretched: each new
+    layer is of the kind of the old layer nearest to its relative depth.
+
+    Raises:
+        ConfigError: ``layers`` is less than the base has.
+    """
     tree = base.to_dict()
+    depth = base.num_hidden_layers
+    if layers < depth:
+        raise ConfigError(f"the base has {depth} layers; a grown member cannot have {layers}")
     kinds = tree.get("layer_types")
     if kinds:
-        tree["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+        stretched = [kinds[(2 * j + 1) * depth // (2 * layers)] for j in range(layers)]
+        tree["layer_types"] = stretched
+        if tree.get("use_sliding_window") and "sliding_attention" in stretched:
+            # Readers that know no layer_types go by this.
+            tree["max_window_layers"] = stretched.index("sliding_attention")
     tree["num_hidden_layers"] = layers
     return type(base).from_dict(tree)
 
@@ -72,46 +112,91 @@ def load_base_config(name: str) -> PretrainedConfig:
     """Read the configuration of a pretrained base, a directory or a hub id.
 
     Raises:
-        ConfigError: it cannot be had, or it would run code of its own.
+        ConfigError: it cannot be had, it is no causal language model, or only code of its own
+            could run it.
     """
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith(".") or path.exists()
-    if looks_local and not (path / "config.json").is_file():
-        raise ConfigError(f"base {name!r} is no model directory: it has no config.json")
+    path = Path(name).expanduser()
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (local or path.exists()) and not (path / "config.json").is_file():
+        what = "is no model directory: it has no config.json" if path.exists() else "does not exist"
+        raise ConfigError(f"base {name!r} {what}")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:  # the hub raises a dozen kinds
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot load base {name!r}: {why}") from error
-    if getattr(config, "auto_map", None):
-        raise ConfigError(f"base {name!r} brings code of its own, which is never run")
+        raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"base {name!r} is no causal language model: it is a {config.model_type}")
+    _forget_remote_code(config)
     return config  # type: ignore[no-any-return]
 
 
 def load_base(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a pretrained base.
+    """Load a pretrained base in eval mode.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be had, or its weights are damaged or not all there.
     """
     load_base_config(name)
     try:
-        return _from_pretrained(name, dtype)
+        return _from_pretrained(_place(name), dtype)
     except Exception as error:
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot load base {name!r}: {why}") from error
+        raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
 
 
 def load_member(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a verified member directory in eval mode."""
-    return _from_pretrained(str(path), dtype)
+    """Load a verified member directory in eval mode.
+
+    Raises:
+        IntegrityError: it is not a whole member.
+    """
+    try:
+        return _from_pretrained(str(path), dtype, local_files_only=True)
+    except Exception as error:
+        raise IntegrityError(f"cannot load member {str(path)!r}: {_reason(error)}") from error
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False
+def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
     )
-    return model.eval()
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    # Transformers fills what a file lacks with random numbers, and says so in a log only.
+    lacking = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
+    _forget_remote_code(model.config)
+    model.eval()
+    return model
+
+
+def _forget_remote_code(config: PretrainedConfig) -> None:
+    """Drop the pointer to a repository's own code: transformers' class is the one that runs."""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+
+
+def _place(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else name
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line that says why a model cannot be had, and how to mend it."""
+    text = str(error)
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which is never run; use an architecture of transformers"
+    if "does not recognize this architecture" in text:
+        return "this version of transformers does not know its architecture"
+    for kind, line in _HUB_REASONS.items():
+        if any(isinstance(c, kind) for c in causes):
+            return line
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
 
 
 def build(
@@ -122,7 +207,8 @@ def build(
     The process's own random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would also reseed every accelerator.
+        torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
@@ -142,12 +228,13 @@ def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if own.keys() != weights.keys():
         missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != weights[name].shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
-                )
             parameter.copy_(weights[name])
 
 
@@ -167,19 +254,30 @@ def flops_per_token(config: PretrainedConfig, context: int) -> float:
     """Return the FLOPs of forward and backward per trained token (Kaplan et al., 2001.08361).
 
     6 for each weight that a token is multiplied by (the head is, tied or not; an embedding lookup
-    is not), and ``12 * layers * heads * head_dim * context`` for the attention's two products.
-    Attention counts the full square, as torch's FlopCounterMode does: a causal kernel does half.
+    is not), and ``12 * layers * heads * head_dim * context`` for the attention's two products,
+    with the window in place of the context where a layer's attention slides. Attention counts the
+    full square, as the PaLM paper (2204.02311) and torch's FlopCounterMode do: a causal kernel does
+    half. A mixture of experts is not counted.
     """
     model = meta_model(config)
-    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    attention = 12.0 * config.num_hidden_layers * heads * head_dim * context
-    return 6.0 * matmul + attention
+    # The modules, not the parameters: a tied head is a matrix product though it has none.
+    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) or context
+    reach = sum(min(window, context) if "sliding" in kind else context for kind in kinds)
+    return float(6 * matmul + 12 * heads * head_dim * reach)
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, lr_width: int | None, lr_vectors: float
+    model: PreTrainedModel,
+    *,
+    lr: float,
+    weight_decay: float,
+    lr_width: int | None,
+    lr_vectors: float,
 ) -> list[dict[str, Any]]:
     """Return torch parameter groups by role, in a fixed order.
 
@@ -187,7 +285,7 @@ def parameter_groups(
     serves all widths), embeddings and vectors (norms, biases) at ``lr_vectors``; without
     ``lr_width`` all train at ``lr``. Only matrices decay.
     """
-    width = model.config.hidden_size  # type: ignore[union-attr]
+    width = model.config.get_text_config().hidden_size
     scaled = lr_width is not None
     rates = {
         "matrix": lr * (lr_width or width) / width,
@@ -195,7 +293,7 @@ def parameter_groups(
         "vector": lr_vectors if scaled else lr,
     }
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "lm_head", None)
+    head = model.get_output_embeddings()
     if head is not None:
         embeddings.add(id(head.weight))
     found: dict[str, dict[str, Any]] = {
@@ -209,7 +307,7 @@ def parameter_groups(
         for role, rate in rates.items()
     }
     for name, p in model.named_parameters(remove_duplicate=True):
-        role = "embedding" if id(p) in embeddings else "matrix" if p.ndim == 2 else "vector"
+        role = "embedding" if id(p) in embeddings else "matrix" if p.ndim > 1 else "vector"
         found[role]["params"].append(p)
         found[role]["names"].append(name)
     return [group for group in found.values() if group["params"]]
@@ -217,22 +315,28 @@ def parameter_groups(
 
 def save_member(model: PreTrainedModel, tokenizer_dir: Path, path: Path) -> None:
     """Write a directory that plain transformers loads: one safetensors file, configs, tokenizer."""
-    if model.generation_config is None:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+    generation = model.generation_config
+    if generation.pad_token_id is None:  # or transformers warns at every generation
+        ends = generation.eos_token_id
+        generation.pad_token_id = ends[0] if isinstance(ends, list) else ends
     model.save_pretrained(path, max_shard_size="1TB")
-    for file in sorted(tokenizer_dir.iterdir()):
-        if file.is_file() and not (path / file.name).exists():
-            shutil.copyfile(file, path / file.name)
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(tokenizer_dir.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, path / file.name)
 
 
 def logits_difference(a: PreTrainedModel, b: PreTrainedModel, tokens: Tensor) -> float:
-    """Return the largest |logit_a - logit_b| in float32 over ``tokens`` (batch, sequence).
+    """Return the largest |logit_a - logit_b| over ``tokens``, shape (batch, sequence).
 
-    Only the vocabulary that both share is compared.
+    Both in eval mode and in their own precision; only the vocabulary that both share is compared.
     """
     modes = a.training, b.training
     with torch.no_grad():
-        la, lb = (m.eval()(input_ids=tokens.to(m.device)).logits.float().cpu() for m in (a, b))
+        la, lb = (
+            m.eval()(input_ids=tokens.to(m.device), use_cache=False).logits.double().cpu()
+            for m in (a, b)
+        )
     a.train(modes[0])
     b.train(modes[1])
     shared = min(la.shape[-1], lb.shape[-1])

@@ -277,7 +277,8 @@ def _memory(config: PretrainedConfig, parameters: int, settings: Settings) -> in
 
 def _available_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return total
     return int(psutil.virtual_memory().available)
 
 

@@ -52,9 +52,10 @@ def report(family: Sequence[Mapping[str, Any]], best: str) -> str:
     winner = next(m for m in family if m["model_id"] == best)
     return f"""# A family of {len(family)}: {first["model_id"]} to {family[-1]["model_id"]}
 
-{best} has the lowest held-out loss, {winner["heldout_loss"]:.4f} nats per token. The family took
-{seconds:.1f} s of training, {flops:.3g} FLOPs and {cost:.4f} $ at {first["price_per_hour"]} $ per hour.
-Strategy {first["strategy"]}, optimizer {first["optimizer"]} over {first["base_optimizer"]}, seed {first["seed"]}.
+{best} has the lowest held-out loss, {winner["heldout_loss"]:.4f} nats per token.
+The family took {seconds:.1f} s of training, {flops:.3g} FLOPs and {cost:.4f} $
+at {first["price_per_hour"]} $ per hour. Strategy {first["strategy"]},
+optimizer {first["optimizer"]} over {first["base_optimizer"]}, seed {first["seed"]}.
 
 This run trained no control, so it says nothing about what inheritance or damping saved. For that,
 train the same family with `--strategy scratch`, and with `--optimizer adamw`, into other folders.
@@ -88,13 +89,13 @@ tags: [ars-kit]
 
 # {metrics["model_id"]}
 
-A {config.model_type} with {config.num_hidden_layers} layers of width {config.hidden_size}, trained by
-ars-kit {metrics["versions"]["ars-kit"]}. {origin}
+A {config.model_type} with {config.num_hidden_layers} layers of width {config.hidden_size},
+trained by ars-kit {metrics["versions"]["ars-kit"]}. {origin}
 
 | figure | measured |
 | --- | --- |
 {figures}
 
-Held-out loss is in nats per token on text that was never trained on. All figures, with seed, data hash
-and versions, stand in `metrics.json`; each step's loss and damping in `history.jsonl`.
+Held-out loss is in nats per token on text that was never trained on. All figures, with seed,
+data hash and versions, stand in `metrics.json`; each step's loss and damping in `history.jsonl`.
 """

@@ -15,9 +15,9 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -415,13 +415,23 @@ def _disk(target: Path) -> Iterator[None]:
     """Say a full disk in one line."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if _full(error) is None:
             raise
         raise ArsKitError(
             f"no space left to write {target}; what was committed before is whole. "
             "Free some space and run again"
         ) from error
+
+
+def _full(error: Exception) -> int | None:
+    """Return the error number if ``error`` means that a volume or a quota is full."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors writes by itself, and puts the number into its message.
+    found = re.search(r"os error (\d+)", str(error))
+    if number is None and type(error).__name__ == "SafetensorError" and found:
+        number = int(found.group(1))
+    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def _user() -> str:
@@ -430,7 +440,3 @@ def _user() -> str:
     except (KeyError, OSError):  # a container's user without a name
         return f"user {os.getuid()}"
 
-
-def command_line() -> str:
-    """Return how this process was called."""
-    return " ".join(sys.argv)

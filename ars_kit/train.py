@@ -162,13 +162,13 @@ def mean_over_ranks(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | No
     """Return the loss reduction that makes every rank damp alike, or None for one process."""
     if accelerator.num_processes == 1:
         return None
-    return lambda loss: accelerator.reduce(loss, reduction="mean")  # type: ignore[no-any-return]
+    return lambda loss: accelerator.reduce(loss, reduction="mean")
 
 
 def resume(job: Trainee) -> int:
     """Load the newest training state, if there is one; returns the next step."""
     found = job.folder.load_state(job.plan.name)
-    step, tree = found if found else (0, None)
+    step, tree = found or (0, None)
     if tree is not None:
         set_weights(job.model, tree["weights"])
         job.optimizer.load_state_dict(tree["optimizer"])

@@ -1,88 +1,140 @@
 """Exact growth of Qwen2, Llama and Qwen3 state dicts, with the provenance of every rectangle.
 
-Three operators compose, and each leaves the function as it was (up to rounding):
+Four operators, which act on different axes and so compose in any order. Each leaves every logit as
+it was, for *any* weights of the parent, so gradients with respect to what was inherited are the
+parent's too (divided by the coefficient):
 
-* **identity blocks**: a new layer whose output projections are zero adds nothing to the residual
-  stream (LLaMA Pro, 2401.02415);
-* **zero-padded width**: the residual stream x becomes [x, 0]. RMSNorm then divides by a root mean
-  square that is sqrt(h/h') smaller, so gains are multiplied by sqrt(h/h'), and epsilon must be
-  ``eps * h/h'`` (LEMON, 2310.07999, for LayerNorm);
-* **whole KV groups and MLP columns**: new heads and new hidden units read what they like, and
-  write nothing at first: their columns of o_proj and down_proj are zero.
+* **identity blocks** (LLaMA Pro, 2401.02415): a new layer whose ``o_proj`` and ``down_proj`` are
+  zero adds nothing to the residual stream.
+* **residual width** h -> h': the stream x becomes [x, 0], because nothing writes to its new units.
+  RMSNorm then divides by a root mean square that is sqrt(h/h') as large, so gains are multiplied
+  by sqrt(h/h'); epsilon must be ``eps * h/h'``, which the child's configuration states. (The idea
+  for LayerNorm: LEMON, 2310.07999.) Qwen3's norms over each head share that epsilon but not the
+  padding; a norm of s*q with epsilon s^2*eps is the norm of q, so its q_proj and k_proj are
+  multiplied by s = sqrt(h/h').
+* **MLP width**: new hidden units read the stream and are read by zero columns of ``down_proj``.
+* **heads**: new KV groups, and new query heads *inside* each group (query head j reads KV head
+  ``j // ratio``, so appended ones would change the old ones' partner), are read by zero columns of
+  ``o_proj``. head_dim D -> rD: rotary pair i has frequency theta^(-2i/D), which in the wider head
+  is pair r*i's; scores are divided by sqrt(rD) instead of sqrt(D), so q_proj is multiplied by
+  sqrt(r). The other new key dimensions are zero, the query ones are not, so that the keys learn.
 
-New parameters that may differ from zero are taken from the child's own fresh initialisation.
+A new unit is live: on one side of it stands the fresh initialisation, on the other side zero,
+which therefore has a gradient at the first step, and the fresh side at the second.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING
 
-import torch
-
+from ars_kit.errors import ConfigError
 from ars_kit.spec import Block
+from ars_kit_plugins.architecture import (
+    AXES,
+    SILENT,
+    Shape,
+    inherited_layers,
+    refusal,
+    same_structure,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-FAMILIES = ("qwen2", "llama", "qwen3")
-SILENT = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight",
-          "mlp.down_proj.bias")  # fmt: skip
-"""Parameters of a new block that must be zero for it to be the identity."""
+__all__ = ["Growth", "Operator", "Run", "grow", "plan"]
 
-Weights = dict[str, "Tensor"]
-Provenance = dict[str, Sequence[Block]]
 Span = tuple[int, int, int]
+GAINS = ("model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")
 
 
-def head_dim(config: PretrainedConfig) -> int:
-    """Return the dimensions of one attention head."""
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Equally spaced indices of a child's axis that continue those of the parent's."""
+
+    child: Span
+    parent: Span
 
 
-def refusal(parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
-    """Return why ``child`` cannot continue ``parent`` exactly, in words, or None if it can."""
-    kind = parent.model_type
-    same = parent.to_dict() == child.to_dict()
-    if same:
-        return None
-    if kind not in FAMILIES or child.model_type != kind:
-        known = ", ".join(FAMILIES)
-        return f"growth knows {known}; the parent is {kind}, the child {child.model_type}"
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads"):
-        if getattr(child, key) < getattr(parent, key):
-            return f"{key} shrinks from {getattr(parent, key)} to {getattr(child, key)}"
-    ratio_p = parent.num_attention_heads // parent.num_key_value_heads
-    ratio_c = child.num_attention_heads // child.num_key_value_heads
-    if ratio_p != ratio_c:
-        return f"query heads per KV head change from {ratio_p} to {ratio_c}"
-    for key in ("vocab_size", "tie_word_embeddings", "hidden_act"):
-        if getattr(parent, key) != getattr(child, key):
-            return f"{key} changes from {getattr(parent, key)} to {getattr(child, key)}"
-    if head_dim(parent) != head_dim(child):
-        return f"head_dim changes from {head_dim(parent)} to {head_dim(child)}"
-    scaled = parent.rms_norm_eps * parent.hidden_size / child.hidden_size
-    if not math.isclose(scaled, child.rms_norm_eps, rel_tol=1e-6):
-        return f"exact widening needs rms_norm_eps {scaled:.3g}, not {child.rms_norm_eps:.3g}"
-    if kind == "qwen3" and child.hidden_size != parent.hidden_size:
-        # q_norm and k_norm share the one epsilon but keep their width.
-        return "Qwen3 cannot widen exactly: its head norms share the epsilon that must change"
-    return None
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One function-preserving change of shape.
 
-
-def inherited_layers(parent_layers: int, child_layers: int) -> list[int | None]:
-    """Return, for each child layer, the parent layer it continues, or None for a new block.
-
-    New blocks are spread evenly, each behind the layers it divides: parent layer i lands at
-    ``floor(i * child / parent)``.
+    Attributes:
+        name: such as ``"residual-width"``.
+        change: what it changes, for a reader.
+        axes: where the parent's indices land on each axis that it changes.
+        coefficients: what inherited entries are multiplied by, by the end of the tensor's name.
+        zeroed: child indices of an axis whose *new* entries must be zero, by the end of the
+            tensor's name; that axis is the tensor's first.
     """
-    places: list[int | None] = [None] * child_layers
-    for i in range(parent_layers):
-        places[i * child_layers // parent_layers] = i
-    return places
+
+    name: str
+    change: str
+    axes: Mapping[str, tuple[Run, ...]] = field(default_factory=dict)
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    zeroed: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """The composed operators.
+
+    Attributes:
+        operators: in the order of :func:`plan`; empty for a copy.
+        layers: for each child layer the parent layer it continues; None for an identity block.
+    """
+
+    operators: tuple[Operator, ...]
+    layers: tuple[int | None, ...]
+
+    def runs(self, axis: str) -> tuple[Run, ...] | None:
+        """Return where the parent's indices of an axis land, or None if they stay as they are."""
+        return next((o.axes[axis] for o in self.operators if axis in o.axes), None)
+
+    def coefficient(self, end: str) -> float:
+        """Return what a tensor whose name ends so is multiplied by."""
+        return math.prod((o.coefficients.get(end, 1.0) for o in self.operators), start=1.0)
+
+    def zeroed(self, end: str) -> tuple[Span, ...]:
+        """Return the rows of such a tensor that must be zero where nothing is inherited."""
+        return tuple(span for o in self.operators for span in o.zeroed.get(end, ()))
+
+    def source(self, name: str) -> str | None:
+        """Return the parent's name of a child's tensor; None where its layer is new."""
+        head, found, rest = name.partition(".layers.")
+        if not found or not self.layers:
+            return name
+        number, _, tail = rest.partition(".")
+        layer = self.layers[int(number)]
+        return None if layer is None else f"{head}.layers.{layer}.{tail}"
+
+
+def plan(parent: PretrainedConfig, child: PretrainedConfig) -> Growth:
+    """Return the operators that lead from ``parent`` to ``child``.
+
+    Raises:
+        ConfigError: :func:`refusal` has a reason.
+    """
+    if same_structure(parent, child):
+        return Growth((), ())
+    reason = refusal(parent, child)
+    if reason:
+        raise ConfigError(reason)
+    p, c = Shape.of(parent), Shape.of(child)
+    layers = inherited_layers(p.kinds, c.kinds)
+    assert layers is not None  # noqa: S101 -- refusal has looked
+    found = (
+        _identity_blocks(p, c),
+        _residual_width(p, c, head_norms=parent.model_type == "qwen3"),
+        _mlp_width(p, c),
+        _heads(p, c),
+    )
+    return Growth(tuple(o for o in found if o is not None), layers)
 
 
 def grow(
@@ -90,67 +142,157 @@ def grow(
     weights: Mapping[str, Tensor],
     child: PretrainedConfig,
     fresh: Mapping[str, Tensor],
-) -> tuple[Weights, Provenance]:
-    """Return the child's weights and where each came from.
+) -> tuple[dict[str, Tensor], dict[str, Sequence[Block]]]:
+    """Return the child's weights and where each entry came from.
 
     Args:
-        parent: the parent's configuration; :func:`refusal` must be None.
+        parent: the parent's configuration.
         weights: the parent's tensors by Hugging Face name, a tied head once.
         child: the child's configuration.
-        fresh: the child's tensors as freshly initialised.
+        fresh: the child's tensors as freshly initialised; they decide shapes, precision, device.
+
+    Raises:
+        ConfigError: :func:`refusal` has a reason, or the parent's tensors do not fit its
+            configuration.
     """
-    layers = inherited_layers(parent.num_hidden_layers, child.num_hidden_layers)
-    grown: Weights = {}
-    provenance: Provenance = {}
+    growth = plan(parent, child)
+    grown: dict[str, Tensor] = {}
+    provenance: dict[str, Sequence[Block]] = {}
     for name, new in fresh.items():
-        source = _parent_name(name, layers)
-        if source is None:
-            silent = name.endswith(SILENT)
-            grown[name] = torch.zeros_like(new) if silent else new.clone()
-            provenance[name] = ()
-            continue
-        grown[name], block = _widen(name, source, weights[source], new, parent, child)
-        provenance[name] = (block,)
+        source = growth.source(name)
+        if source is not None and source not in weights:
+            raise ConfigError(f"the parent's weights lack {source}, which its configuration needs")
+        old = None if source is None else weights[source]
+        grown[name], provenance[name] = _grow_tensor(growth, name, source, old, new)
     return grown, provenance
 
 
-def _parent_name(name: str, layers: Sequence[int | None]) -> str | None:
-    """Return the parent's name of a child tensor, or None where its layer is new."""
-    head, found, rest = name.partition(".layers.")
-    if not found:
-        return name
-    number, _, tail = rest.partition(".")
-    source = layers[int(number)]
-    return None if source is None else f"{head}.layers.{source}.{tail}"
-
-
-def _widen(
-    name: str,
-    source: str,
-    old: Tensor,
-    new: Tensor,
-    parent: PretrainedConfig,
-    child: PretrainedConfig,
-) -> tuple[Tensor, Block]:
-    """Place ``old`` in the corner of a tensor shaped like ``new``.
-
-    Rows beyond the old are new outputs, and random; columns beyond the old read what is zero at
-    first (a residual dimension, a new head, a new hidden unit). For rows that write to the
-    residual stream the padding must stay zero, so those are zero; columns read by a row that the
-    parent had are fresh where their input is zero, and zero where it is not.
-    """
-    out = new.clone().to(old.dtype)
-    # Which rows write to the residual stream, and so must leave its new dimensions at zero.
-    writes = name.endswith(SILENT) or "embed_tokens" in name
-    if old.ndim == 2 and writes:
+def _grow_tensor(
+    growth: Growth, name: str, source: str | None, old: Tensor | None, new: Tensor
+) -> tuple[Tensor, tuple[Block, ...]]:
+    end = next((e for e in AXES if name.endswith(e)), "")
+    out = new.clone()
+    if end in SILENT or end == "embed_tokens.weight":
         out.zero_()
-    gain = 1.0
-    if old.ndim == 1 and name.endswith("norm.weight") and old.shape[0] == parent.hidden_size:
-        if not name.endswith(("q_norm.weight", "k_norm.weight")):
-            gain = math.sqrt(parent.hidden_size / child.hidden_size)
-    elif old.ndim == 1 and writes:
-        out.zero_()
-    corner = tuple(slice(0, n) for n in old.shape)
-    out[corner] = old * gain if gain != 1.0 else old
-    extents: tuple[Span, ...] = tuple((0, n, 1) for n in old.shape)
-    return out, Block(source, extents, extents, gain)
+    if source is None or old is None:
+        return out, ()
+    axes = AXES[end] if growth.operators and end else ("",) * old.ndim
+    coefficient = growth.coefficient(end)
+    for span in growth.zeroed(end):
+        out[slice(*span)] = 0
+    landings = []
+    for runs, n, m in zip(map(growth.runs, axes), old.shape, new.shape, strict=True):
+        if not _fits(runs, n, m):
+            raise ConfigError(
+                f"{source} of the parent has shape {tuple(old.shape)}, which does not fit "
+                f"{tuple(new.shape)} of the child"
+            )
+        landings.append(runs or (Run((0, n, 1), (0, n, 1)),))
+    blocks = tuple(
+        Block(source, tuple(r.child for r in runs), tuple(r.parent for r in runs), coefficient)
+        for runs in product(*landings)
+    )
+    for block in blocks:
+        values = old[_slices(block.parent_index)].to(out)
+        # Multiplying by one would be exact too, but costs a copy of the whole model.
+        out[_slices(block.child_index)] = values if coefficient == 1.0 else values * coefficient
+    return out, blocks
+
+
+def _fits(runs: tuple[Run, ...] | None, old: int, new: int) -> bool:
+    """Return whether an axis of the parent is taken whole and lands within the child's."""
+    if runs is None:
+        return old == new
+    taken = sum(len(range(*run.parent)) for run in runs)
+    return taken == old and max(run.child[1] for run in runs) <= new
+
+
+def _slices(index: Sequence[Span]) -> tuple[slice, ...]:
+    return tuple(slice(*span) for span in index)
+
+
+def _identity_blocks(p: Shape, c: Shape) -> Operator | None:
+    if p.layers == c.layers:
+        return None
+    return Operator("identity-blocks", f"layers {p.layers} -> {c.layers}")
+
+
+def _residual_width(p: Shape, c: Shape, *, head_norms: bool) -> Operator | None:
+    if p.residual == c.residual:
+        return None
+    scale = math.sqrt(p.residual / c.residual)
+    scaled: tuple[str, ...] = GAINS
+    if head_norms:
+        scaled += ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
+    span = (0, p.residual, 1)
+    return Operator(
+        "residual-width",
+        f"residual stream {p.residual} -> {c.residual}",
+        axes={"residual": (Run(span, span),)},
+        coefficients=dict.fromkeys(scaled, scale),
+    )
+
+
+def _mlp_width(p: Shape, c: Shape) -> Operator | None:
+    if p.hidden == c.hidden:
+        return None
+    span = (0, p.hidden, 1)
+    change = f"MLP {p.hidden} -> {c.hidden}"
+    return Operator("mlp-width", change, axes={"hidden": (Run(span, span),)})
+
+
+def _heads(p: Shape, c: Shape) -> Operator | None:
+    if (p.groups, p.queries, p.head) == (c.groups, c.queries, c.head):
+        return None
+    ratio = c.head // p.head
+    queries = [
+        (g * c.queries + q, g * p.queries + q) for g in range(p.groups) for q in range(p.queries)
+    ]
+    groups = [(g, g) for g in range(p.groups)]
+    rotary = {"query": _rotary_runs(queries, p, c), "key": _rotary_runs(groups, p, c)}
+    plain = {"attention": _plain_runs(queries, p, c), "value": _plain_runs(groups, p, c)}
+    # Inherited heads only: a key head that is new altogether is silenced by o_proj.
+    wide = ((0, p.groups * c.head, 1),) if ratio > 1 else ()
+    return Operator(
+        "heads",
+        f"{p.groups}x{p.queries} heads of {p.head} -> {c.groups}x{c.queries} of {c.head}",
+        axes={**rotary, **plain},
+        coefficients=dict.fromkeys(("q_proj.weight", "q_proj.bias"), math.sqrt(ratio)),
+        zeroed={"k_proj.weight": wide, "k_proj.bias": wide},
+    )
+
+
+def _plain_runs(heads: Sequence[tuple[int, int]], p: Shape, c: Shape) -> tuple[Run, ...]:
+    """Place each (child, parent) head's dimensions at the beginning of the child's head."""
+    runs = [
+        Run((new * c.head, new * c.head + p.head, 1), (old * p.head, (old + 1) * p.head, 1))
+        for new, old in heads
+    ]
+    return _merged(runs)
+
+
+def _rotary_runs(heads: Sequence[tuple[int, int]], p: Shape, c: Shape) -> tuple[Run, ...]:
+    """Place each head's rotary pairs (i, i + D/2) where the wider head has their frequency."""
+    if p.head == c.head:
+        return _plain_runs(heads, p, c)
+    ratio, half = c.head // p.head, p.head // 2
+    runs = []
+    for new, old in heads:
+        for side in (0, 1):
+            to = new * c.head + side * (c.head // 2)
+            at = old * p.head + side * half
+            runs.append(Run((to, to + ratio * half, ratio), (at, at + half, 1)))
+    return tuple(runs)
+
+
+def _merged(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Join runs that follow each other on both sides."""
+    joined = [runs[0]]
+    for run in runs[1:]:
+        last = joined[-1]
+        if last.child[1] == run.child[0] and last.parent[1] == run.parent[0]:
+            run = Run((last.child[0], run.child[1], 1), (last.parent[0], run.parent[1], 1))  # noqa: PLW2901 -- the run grows
+            joined[-1] = run
+        else:
+            joined.append(run)
+    return tuple(joined)

@@ -29,10 +29,9 @@ class Perplexity:
             for batch in _batches(member):
                 window = torch.from_numpy(batch).to(device)
                 logits = member.model(input_ids=window[:, :-1], use_cache=False).logits
-                loss = cross_entropy(
+                total += cross_entropy(
                     logits.flatten(0, 1).float(), window[:, 1:].flatten(), reduction="sum"
                 )
-                total += loss
                 tokens += window[:, 1:].numel()
         if not tokens:
             return {"heldout_loss": None, "perplexity": None, "bits_per_byte": None}

@@ -47,7 +47,7 @@ class MuonWithAdamW(Optimizer):
         super().load_state_dict(state_dict)
         self._link()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step both."""
         loss = None
         if closure is not None:

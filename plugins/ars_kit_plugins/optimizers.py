@@ -23,6 +23,7 @@ def adamw(
     """AdamW, fused (Loshchilov & Hutter, 1711.05101).
 
     Args:
+        params: torch parameter groups.
         lr: peak learning rate.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
@@ -37,6 +38,7 @@ def sgd(params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = Fa
     """Stochastic gradient descent with momentum, fused.
 
     Args:
+        params: torch parameter groups.
         lr: peak learning rate.
         momentum: decay of the velocity.
         nesterov: look ahead along the velocity.
@@ -50,6 +52,7 @@ def adafactor(params: Groups, *, lr: float, beta2_decay: float = -0.8) -> Optimi
     """Adafactor: factored second moments, little memory (Shazeer & Stern, 1804.04235).
 
     Args:
+        params: torch parameter groups.
         lr: peak learning rate.
         beta2_decay: exponent of the second moment's decay over steps.
     """
@@ -62,6 +65,7 @@ def muon(params: Groups, *, lr: float, momentum: float = 0.95) -> Optimizer:
     """Muon on hidden matrices, AdamW on the rest (Jordan et al. 2024; Liu et al., 2502.16982).
 
     Args:
+        params: torch parameter groups.
         lr: peak learning rate.
         momentum: of Muon.
     """
@@ -71,7 +75,7 @@ def muon(params: Groups, *, lr: float, momentum: float = 0.95) -> Optimizer:
 
 
 def _rated(params: Groups) -> Groups:
-    """On an accelerator, keep each learning rate in a tensor there: changing it waits for nothing."""
+    """On an accelerator, keep each rate in a tensor there: changing it waits for nothing."""
     import torch  # noqa: PLC0415 -- slow to import
 
     for group in params:

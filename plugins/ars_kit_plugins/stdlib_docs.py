@@ -35,7 +35,9 @@ class StandardLibrary:
     def documents(self) -> Iterator[Document]:
         """Yield the topics, then the modules, each in alphabetical order."""
         try:
-            from pydoc_data.topics import topics  # noqa: PLC0415 -- 700 KB, and some builds lack it
+            from pydoc_data import topics as module  # noqa: PLC0415 -- 700 KB; some builds lack it
+
+            topics: dict[str, str] = module.topics
         except ImportError:
             topics = {}
         for name in sorted(topics):

@@ -1,10 +1,12 @@
-"""The built-in inheritance strategies, as offers. Torch waits until one of them works."""
+"""The built-in inheritance strategies, as offers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ars_kit.spec import Birth, InheritanceStrategy, Offer, Parent, Seed, hookimpl
+from ars_kit_plugins.architecture import refusal
+from ars_kit_plugins.growth import grow
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,7 +24,7 @@ class Progressive:
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
     """
 
-    inherits: ClassVar[bool] = True
+    inherits = True
 
     def __init__(
         self, *, opt_state: Literal["derive", "reset"] = "derive", rewarm_steps: int = 10
@@ -34,14 +36,10 @@ class Progressive:
 
     def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
         """Return why the child's shape cannot continue the parent's, or None if it can."""
-        from ars_kit_plugins.growth import refusal  # noqa: PLC0415 -- torch is slow to import
-
         return refusal(parent, child)
 
     def inherit(self, parent: Parent, birth: Birth) -> Seed:
         """Return the parent, grown to the child's shape."""
-        from ars_kit_plugins.growth import grow  # noqa: PLC0415 -- torch is slow to import
-
         weights, provenance = grow(parent.config, parent.weights, birth.config, birth.fresh)
         return Seed(
             weights=weights,
@@ -58,15 +56,16 @@ class Scratch:
     Where a pretrained base was named, every member starts from that base instead.
     """
 
-    inherits: ClassVar[bool] = False
+    inherits = False
 
     def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
         """Return why the child cannot start from the base, or None if it can."""
-        return Progressive().supports(parent, child)
+        return refusal(parent, child)
 
     def inherit(self, parent: Parent, birth: Birth) -> Seed:
         """Return the base, grown to the child's shape."""
-        return Progressive(opt_state="reset").inherit(parent, birth)
+        weights, provenance = grow(parent.config, parent.weights, birth.config, birth.fresh)
+        return Seed(weights=weights, provenance=provenance, preserves="exact")
 
 
 @hookimpl

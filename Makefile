@@ -1,0 +1,38 @@
+# Every target sets itself up from nothing: Python 3.11 or later is all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: run test lint kill-test bench clean
+
+run: $(VENV)/.installed
+	$(BIN)/arskit run --strategy progressive --optimizer ars
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+kill-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow tests/test_kill.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/step_overhead.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,74 @@
+"""Shared by all tests: small texts, a quiet and offline environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+WORDS = "the of and to in is that für größer Straße naïve loss step gate model grows".split()
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def make_text(documents: int, seed: int = 0) -> list[str]:
+    """Return documents whose sentences are numbered, so that each is unlike any other."""
+    return [
+        "\n".join(
+            f"{seed}-{d}-{s}: "
+            + " ".join(WORDS[(d * 7 + s * 3 + w) % len(WORDS)] for w in range(9))
+            for s in range(40)
+        )
+        for d in range(documents)
+    ]
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i, text in enumerate(make_text(60)):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def arskit(cache: Path, tmp_path: Path) -> Cli:
+    """Run the command line in a process of its own."""
+
+    def call(*args: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "ARSKIT_CACHE": str(cache), "COLUMNS": "200", **extra}
+        return subprocess.run(
+            [sys.executable, "-m", "ars_kit", *args],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture
+def tiny(text_folder: Path) -> list[str]:
+    """Options of a family that trains in seconds."""
+    return [
+        "--members", "d2..d4", "--iterations", "6,4", "--data", str(text_folder),
+        "--sequence-length", "32", "--batch-size", "4",
+        "--set", "family.vocab_size=300", "--set", "run.save_every=5",
+        "--set", "family.aspect=4",
+    ]  # fmt: skip

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ars_kit.errors import ConfigError, PluginError
+from ars_kit.host import SINGULAR, Host, Plugin
+from ars_kit.schema import Choice
+from ars_kit.spec import Hooks, Offer, hookimpl
+
+STRANGER = Plugin("stranger", "arskit-stranger", "0.3")
+
+
+def plugin_of(answer: Any, hook: str = "arskit_gates") -> SimpleNamespace:
+    def implementation() -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    return SimpleNamespace(**{hook: hookimpl(implementation)})
+
+
+def test_every_hook_is_read() -> None:
+    hooks = {name for name in vars(Hooks) if name.startswith("arskit_")}
+    assert hooks == {f"arskit_{kind}" for kind in SINGULAR}
+    host = Host.installed()
+    assert not host.quarantined
+    assert all(host.shelves[kind] for kind in SINGULAR)
+
+
+def test_a_strangers_gate_registers_like_a_built_in() -> None:
+    host = Host.installed()
+    host.register(plugin_of([Offer("mine", "a gate", lambda *, limit=1.0: limit)]), STRANGER)
+    assert host.make("gates", Choice("mine", {"limit": "0.5"})) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "hook", "message"),
+    [
+        (RuntimeError("no"), "arskit_gates", "failed in arskit_gates"),
+        (SystemExit(3), "arskit_gates", "failed in arskit_gates"),
+        ("clip", "arskit_gates", "not a list"),
+        (["clip"], "arskit_gates", "not an Offer"),
+        ([Offer("Bad Name", "", dict)], "arskit_gates", "a name is"),
+        ([], "arskit_gatez", "unknown hook"),
+    ],
+)
+def test_a_bad_plugin_is_put_aside_and_named(answer: Any, hook: str, message: str) -> None:
+    host = Host.installed()
+    host.register(plugin_of(answer, hook), STRANGER)
+    (line,) = host.complaints()
+    assert message in line
+    assert "arskit-stranger 0.3" in line
+    assert line.endswith("ARSKIT_WITHOUT=stranger")
+    assert host.listing("gates", "guard")
+
+
+def test_a_newer_interface_is_refused() -> None:
+    host = Host()
+    module = plugin_of([])
+    module.ARSKIT_API = 99
+    host.register(module, STRANGER)
+    assert "plugin API 99" in host.complaints()[0]
+
+
+def test_a_misspelt_name_gets_a_suggestion() -> None:
+    with pytest.raises(PluginError, match=r"no damping gate named 'surprize' \(did you mean 'surp"):
+        Host.installed().listing("gates", "surprize")
+
+
+def test_a_name_offered_twice_is_refused_when_chosen() -> None:
+    host = Host.installed()
+    host.register(plugin_of([Offer("clip", "another", dict)]), STRANGER)
+    with pytest.raises(PluginError, match="offered twice"):
+        host.listing("gates", "clip")
+
+
+def test_a_wrong_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'clip' has no setting 'limt'.*It has: limit\."):
+        Host.installed().check("gates", Choice("clip", {"limt": "1"}))
+
+
+def test_a_bad_value_is_named() -> None:
+    with pytest.raises(ConfigError, match="'clip': limit must be greater than 0"):
+        Host.installed().make("gates", Choice("clip", {"limit": "-1"}))
+
+
+def test_listing_and_help_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from ars_kit.host import Host; import ars_kit.cli; Host.installed(); "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

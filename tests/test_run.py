@@ -1,0 +1,317 @@
+"""The command line as a user meets it: processes, signals, folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from ars_kit.models import embedded_config
+
+
+def weights_hash(out: Path, members: tuple[str, ...] = ("d2", "d3", "d4")) -> list[str]:
+    files = [out / m / "model.safetensors" for m in members]
+    return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+
+
+def start(cache: Path, *args: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "ARSKIT_CACHE": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ars_kit", *args],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(pattern: str, out: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if list(out.glob(pattern)) or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{pattern} never appeared")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folder: Path
+) -> tuple[Path, list[str]]:
+    """A family trained without interruption, and the options it was trained with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    options = [
+        "--members", "d2..d4", "--iterations", "6,4", "--data", str(text_folder),
+        "--sequence-length", "32", "--batch-size", "4", "--set", "family.vocab_size=300",
+        "--set", "run.save_every=5", "--set", "family.aspect=4",
+    ]  # fmt: skip
+    process = start(cache, "run", *options, "--out", str(out), "--json")
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["best"] in {"d2", "d3", "d4"}
+    return out, options
+
+
+def test_a_family_is_whole(whole: tuple[Path, list[str]], arskit: Cli) -> None:
+    out, _ = whole
+    assert {p.name for p in (out / "d4").iterdir()} >= {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+        "metrics.json", "history.jsonl", "manifest.json", "README.md",
+    }  # fmt: skip
+    assert {p.name for p in out.iterdir()} >= {"run.toml", "lineage.json", "report.md"}
+    metrics = json.loads((out / "d4" / "metrics.json").read_text())
+    plan_fields = {
+        "model_id", "parent_model", "training_time", "final_loss", "convergence_iterations",
+        "ars_damping_avg", "vram_usage_peak", "timestamp",
+    }  # fmt: skip
+    assert metrics.keys() >= plan_fields
+    assert metrics["parent_model"] == "d3"
+    assert metrics["birth"]["birth_logits_difference"] < 1e-4
+    assert metrics["birth"]["optimizer_state"] == "carried"
+    history = (out / "d4" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == list(range(12))
+    assert arskit("verify", "--out", str(out)).returncode == 0
+    assert json.loads(arskit("status", "--out", str(out), "--json").stdout)[2]["state"] == "done"
+    select = arskit("select", "--out", str(out), "--json")
+    best = json.loads(select.stdout)["member"]
+    judged = json.loads(arskit("evaluate", "best", "--out", str(out), "--json").stdout)
+    recorded = json.loads((out / best / "metrics.json").read_text())
+    assert judged[0]["heldout_loss"] == pytest.approx(recorded["heldout_loss"], rel=1e-5)
+
+
+def test_plain_transformers_loads_a_member(whole: tuple[Path, list[str]]) -> None:
+    path = str(whole[0] / "d4")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
+    text = "Straße größer, naïve 🙂"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    made = pipeline("text-generation", model=path)(text, max_new_tokens=3, do_sample=False)
+    assert made[0]["generated_text"].startswith(text)
+    assert model(**tokenizer(text, return_tensors="pt")).logits.isfinite().all()
+
+
+def test_running_again_changes_nothing(whole: tuple[Path, list[str]], arskit: Cli) -> None:
+    out, options = whole
+    before = weights_hash(out)
+    assert arskit("run", *options, "--out", str(out)).returncode == 0
+    assert weights_hash(out) == before
+
+
+def test_another_plan_is_refused_with_the_difference(
+    whole: tuple[Path, list[str]], arskit: Cli
+) -> None:
+    out, options = whole
+    done = arskit("run", *options, "--lr", "0.5", "--out", str(out))
+    assert done.returncode == 3
+    assert "train.lr: 0.012 -> 0.5" in done.stderr
+
+
+def test_a_killed_run_ends_bitwise_where_it_would_have(
+    whole: tuple[Path, list[str]], cache: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at four moments; the last run ends with the uninterrupted run's weights."""
+    out, options = whole
+    mine = tmp_path / "run"
+    command = ["run", *options, "--out", str(mine)]
+    moments = (
+        ".arskit/state/d2/step-*5", "d2/manifest.json", ".arskit/state/d3/step-*5",
+        "d3/manifest.json",
+    )  # fmt: skip
+    for moment in moments:
+        process = start(cache, *command)
+        wait_for(moment, mine, process)
+        process.kill()
+        process.communicate()
+    process = start(cache, *command)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert weights_hash(mine) == weights_hash(out)
+    rows = [
+        [json.loads(line)["loss"] for line in (o / "d4" / "history.jsonl").read_text().splitlines()]
+        for o in (out, mine)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(
+    whole: tuple[Path, list[str]], cache: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    out, options = whole
+    mine = tmp_path / "run"
+    longer = [*options, "--iterations", "4000,4", "--members", "d2"]
+    process = start(cache, "run", *longer, "--out", str(mine))
+    wait_for(".arskit/state/d2/step-*", mine, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "state saved" in stderr
+    assert "Traceback" not in stderr
+    assert list(mine.glob(".arskit/state/d2/step-*"))
+
+
+def test_a_flipped_byte_in_an_ancestor_is_named(
+    whole: tuple[Path, list[str]], arskit: Cli, tmp_path: Path
+) -> None:
+    import shutil
+
+    mine = tmp_path / "run"
+    shutil.copytree(whole[0], mine)
+    file = mine / "d2" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    done = arskit("verify", "--out", str(mine))
+    assert done.returncode == 5
+    assert "d2: model.safetensors is not what was committed" in done.stdout
+    assert arskit("evaluate", "d2", "--out", str(mine)).returncode == 5
+
+
+def test_scratch_inherits_nothing(tiny: list[str], arskit: Cli) -> None:
+    done = arskit("run", *tiny, "--strategy", "scratch", "--optimizer", "adamw", "--json")
+    assert done.returncode == 0, done.stderr
+    members = json.loads(done.stdout)["members"]
+    assert [m["parent_model"] for m in members] == [None, None, None]
+    assert len({m["steps"] for m in members}) == 1
+    assert set(members[0]["gates"]) == {"guard"}
+
+
+@pytest.mark.parametrize("base", ["sgd", "adafactor", "muon"])
+def test_ars_wraps_every_base(tiny: list[str], arskit: Cli, base: str) -> None:
+    done = arskit("run", *tiny, "--members", "d2,d3", "--base-optimizer", base, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["members"][1]["base_optimizer"] == base
+
+
+@pytest.mark.parametrize("depth", ["same", "grow"])
+def test_a_local_base_is_inherited(
+    tiny: list[str], arskit: Cli, whole: tuple[Path, list[str]], depth: str
+) -> None:
+    base = whole[0] / "d3"
+    done = arskit("run", *tiny, "--base", str(base), "--depth", depth, "--json")
+    assert done.returncode == 0, done.stderr
+    members = json.loads(done.stdout)["members"]
+    assert members[0]["parent_model"] == str(base)
+    assert members[0]["birth"]["birth_logits_difference"] == 0
+    layers = [json.loads(Path(str(base)).joinpath("config.json").read_text())["num_hidden_layers"]]
+    assert layers == [3]
+
+
+def test_a_diverged_run_commits_no_member(tiny: list[str], arskit: Cli, tmp_path: Path) -> None:
+    options = ["--optimizer", "sgd", "--lr", "1e30", "--set", "train.lr_vectors=1e30",
+               "--set", "train.max_skipped=3", "--set", "run.log_every=1",
+               "--set", "train.warmup_steps=0"]  # fmt: skip
+    done = arskit("run", *tiny, *options)
+    assert done.returncode == 6, done.stderr
+    assert "diverged" in done.stderr
+    assert not (tmp_path / "checkpoints" / "d2").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--data", "nowhere"], 3, "no such file or folder: nowhere"),
+        (["--data", "hf:no/such"], 3, "hf:no/such"),
+        (["--data", "kaggle:no/such"], 3, "kaggle"),
+        (["--base", "./nowhere"], 3, "no model directory"),
+        (["--optimizer", "adamv"], 4, "no optimizer named 'adamv' (did you mean 'adamw'?)"),
+        (["--strategy", "progresive"], 4, "did you mean 'progressive'"),
+        (["--gate", "surprize"], 4, "did you mean 'surprise'"),
+        (["--gate", "clip:limt=1"], 3, "'clip' has no setting 'limt'"),
+        (["--no-gate", "clip"], 3, "no damping gate 'clip' to leave out"),
+        (["--set", "train.lr"], 3, "section.key=value"),
+        (["--device", "cuda"], 3, "device 'cuda' is not available"),
+        (["--config", "nowhere.toml"], 3, "cannot read settings file"),
+        (["--batch-size", "100000"], 3, "too little text"),
+        (["--nonsense"], 2, "No such option"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    tiny: list[str], arskit: Cli, tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    if torch.cuda.is_available() and "cuda" in options:
+        options, message = ["--device", "mps"], "device 'mps' is not available"
+    done = arskit("run", *tiny, *options)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "checkpoints").glob("d*"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "--json"],
+        ["config", "show", "--json"],
+        ["plugins", "list", "--json"],
+        ["doctor", "--json"],
+    ],
+)
+def test_results_are_json_on_request(command: list[str], tiny: list[str], arskit: Cli) -> None:
+    extra = tiny if command[0] in {"plan", "config"} else []
+    done = arskit(*command, *extra)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+def test_plugins_show_explains_each_setting(arskit: Cli) -> None:
+    done = arskit("plugins", "show", "ars")
+    assert "entropy_threshold (a number, default 0.5)" in done.stdout
+    assert "leaves it out" in done.stdout
+
+
+def test_the_second_run_in_a_folder_is_refused(
+    whole: tuple[Path, list[str]], cache: Path, tmp_path: Path, arskit: Cli
+) -> None:
+    _, options = whole
+    mine = tmp_path / "run"
+    longer = [*options, "--iterations", "4000,4", "--members", "d2", "--out", str(mine)]
+    process = start(cache, "run", *longer)
+    wait_for(".arskit/state/d2/step-*", mine, process)
+    done = arskit("run", *longer)
+    process.kill()
+    process.communicate()
+    assert done.returncode == 3
+    assert f"in use by another run: process {process.pid}" in done.stderr
+
+
+def test_two_processes_train_as_one(
+    whole: tuple[Path, list[str]], cache: Path, tmp_path: Path
+) -> None:
+    """torchrun with gloo on the CPU: the same losses as one process, to rounding."""
+    out, options = whole
+    mine = tmp_path / "run"
+    env = {**os.environ, "ARSKIT_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+         "-m", "ars_kit", "run", *options, "--out", str(mine), "--device", "cpu"],
+        env=env, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("d2", "d3", "d4"):
+        one, two = (
+            [
+                json.loads(line)["loss"]
+                for line in (o / name / "history.jsonl").read_text().splitlines()
+            ]
+            for o in (out, mine)
+        )
+        assert two == pytest.approx(one, abs=2e-3)
+    assert json.loads((mine / "d4" / "metrics.json").read_text())["processes"] == 2
+
+
+def test_the_embedded_family_grows_in_both_directions() -> None:
+    shapes: Any = [embedded_config(d, vocab_size=300, context=32) for d in range(10, 19)]
+    assert [c.hidden_size for c in shapes] == [16, 24, 24, 24, 24, 24, 32, 32, 32]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from ars_kit.errors import ConfigError
+from ars_kit.schema import Choice, bind, coerce, parse_choice, signature_of
+from ars_kit.settings import differences, keys, parse_members, resolve, to_toml
+
+
+def test_choice_round_trips() -> None:
+    choice = parse_choice("clip:limit=0.5,names=a,b")
+    assert choice == Choice("clip", {"limit": "0.5", "names": "a,b"})
+    assert parse_choice(str(choice)) == choice
+
+
+@pytest.mark.parametrize("text", ["", ":a=1", "clip:0.5", "clip:=1"])
+def test_choice_refuses(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_choice(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        ("1e6", int, 1_000_000),
+        ("0.5", float, 0.5),
+        ("no", bool, False),
+        ("none", int | None, None),
+        ("3", int | None, 3),
+        ("100,50", tuple[int, int], (100, 50)),
+        ("b", Literal["a", "b"], "b"),
+        (2, float, 2.0),
+    ],
+)
+def test_coerce(value: object, annotation: object, expected: object) -> None:
+    assert coerce(value, annotation, "x") == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        ("1.5", int),
+        ("x", float),
+        ("maybe", bool),
+        ("1", tuple[int, int]),
+        (True, int),
+        ("c", Literal["a"]),
+    ],
+)
+def test_coerce_refuses_in_words(value: object, annotation: object) -> None:
+    with pytest.raises(ConfigError, match="x must be"):
+        coerce(value, annotation, "x")
+
+
+def test_a_signature_is_the_schema() -> None:
+    def make(*, limit: float = 1.0, name: str) -> None:
+        """Make it.
+
+        Args:
+            limit: where it stops,
+                at the latest.
+            name: what it is called.
+        """
+
+    settings = signature_of(make)
+    assert settings["limit"].doc == "where it stops, at the latest."
+    assert settings["name"].required
+    assert bind("'it'", make, {"limit": "2", "name": "n"}) == {"limit": 2.0, "name": "n"}
+    with pytest.raises(ConfigError, match=r"'it' has no setting 'limt' \(did you mean 'limit'\?\)"):
+        bind("'it'", make, {"limt": "2", "name": "n"})
+    with pytest.raises(ConfigError, match="needs a value for name"):
+        bind("'it'", make, {})
+
+
+def test_precedence_and_origins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nlr = 0.1\nbatch_size = 4\naccumulation = 2\n")
+    settings = resolve(
+        {"train.lr": "0.3"}, {"ARSKIT_TRAIN_LR": "0.2", "ARSKIT_TRAIN_BATCH_SIZE": "8"}, file
+    )
+    assert (settings.train.lr, settings.train.batch_size, settings.train.accumulation) == (
+        0.3,
+        8,
+        2,
+    )
+    origins = [
+        settings.origins[f"train.{k}"] for k in ("lr", "batch_size", "accumulation", "device")
+    ]
+    assert origins == ["flag", "environment", "file", "default"]
+
+
+def test_frozen_file_reads_back_to_the_same(tmp_path: Path) -> None:
+    settings = resolve({"optimizer.gates": ["clip:limit=0.5"], "data.source": 'a "ö"\\b'}, {})
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(settings), encoding="utf-8")
+    again = resolve({}, {}, file)
+    assert again.flat() == settings.flat()
+    assert differences(settings, again) == []
+    assert set(settings.flat()) == set(keys())
+
+
+def test_differences_name_what_matters() -> None:
+    old, new = resolve({}, {}), resolve({"train.lr": 1, "run.price_per_hour": 9}, {})
+    assert differences(old, new) == ["train.lr: 0.012 -> 1.0"]
+
+
+def test_a_base_changes_the_defaults() -> None:
+    settings = resolve({"family.base": "somewhere"}, {})
+    assert (settings.family.depth, settings.train.steps_per_iteration) == ("same", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train.lr": "-1"}, "greater than 0"),
+        ({"train.lr": "nan"}, "greater than 0"),
+        ({"train.batch_size": "5", "train.accumulation": "2"}, "equal micro-batches"),
+        ({"train.batchsize": "5"}, "did you mean 'train.batch_size'"),
+        ({"family.members": "d3..d1"}, "run downwards"),
+        ({"family.members": "d3,d3"}, "each named once"),
+        ({"family.members": "big"}, "cannot read members"),
+        ({"family.depth": "grow"}, "needs a base"),
+        ({"family.vocab_size": "200"}, "too small"),
+        ({"data.heldout_fraction": "1"}, "must lie in"),
+    ],
+)
+def test_bad_settings_get_one_line(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(flags, {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["lr = 1", "[train\n", "[train]\nlr = 'x'", "[trian]\nlr = 1"])
+def test_bad_files_get_one_line(tmp_path: Path, body: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(body)
+    with pytest.raises(ConfigError):
+        resolve({}, {}, file)
+
+
+def test_members() -> None:
+    assert parse_members("d10..d12,d15") == (10, 11, 12, 15)
