@@ -94,15 +94,18 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     from ars_kit.display import Display
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import markdown_table
-    from ars_kit.runs import execute, frozen_settings
+    from ars_kit.runs import execute, frozen_settings, open_corpus
 
     host, console = _host(), _console(stderr=True)
     settings = frozen_settings(out) if resume else _settings(options)
-    plan = estimate(plan_run(settings, host))
+    plan = plan_run(settings, host)
     main_process = os.environ.get("RANK", "0") == "0"
-    if main_process:
-        _print_plan(plan, console)
     display = Display(plan, console)
+    if main_process:
+        # Text that cannot be had is said before anything is timed or trained.
+        open_corpus(settings, host, _cache(), display.preparing)
+        plan = estimate(plan)
+        _print_plan(plan, console)
     with display.showing():
         metrics, best = execute(
             plan,

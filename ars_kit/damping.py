@@ -400,6 +400,9 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tens
     """Put tensors back by parameter name; parameters without an entry keep what they have."""
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
+            if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+                # Fused SGD wants every momentum buffer or none.
+                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             if name in state:
                 optimizer.state[p] = {
                     k: v.clone() if k == "step" else v.to(p.device, copy=True)

@@ -112,8 +112,9 @@ def run_family(family: Family) -> list[dict[str, Any]]:
             metrics = raise_member(family, member)
         if family.accelerator.is_main_process:
             family.watcher.finished(metrics)
-        if member.parent and family.accelerator.is_main_process:
-            family.folder.drop_state(member.parent)
+        parent = _relative(family, member)
+        if parent and family.accelerator.is_main_process:
+            family.folder.drop_state(parent)
     if family.accelerator.is_main_process:
         family.folder.drop_state(family.plan.members[-1].name)
     return [read_metrics(family.folder, m.name) for m in family.plan.members]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PROBE_LIMIT = 50_000_000
 """Members up to this many parameters are timed by a trial step; larger ones by arithmetic."""
+PROBE_FLOPS = 5e11
+"""And micro-batches up to this many FLOPs: a trial must not take longer than a few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ def estimate(plan: RunPlan) -> RunPlan:
     device = torch.device(plan.device)
     train, data = plan.settings.train, plan.settings.data
     first, last = plan.members[0], plan.members[-1]
-    if last.parameters > PROBE_LIMIT:
+    per_micro_batch = last.flops / last.steps / train.accumulation
+    if last.parameters > PROBE_LIMIT or per_micro_batch > PROBE_FLOPS:
         speed = probe_device(device)
         times = [m.flops / speed.flops_per_second for m in plan.members]
         source = speed.source
@@ -272,7 +275,7 @@ def _memory(config: PretrainedConfig, parameters: int, settings: Settings) -> in
     train = settings.train
     tokens = train.batch_size // train.accumulation * settings.data.sequence_length
     activations = 68 * config.hidden_size * config.num_hidden_layers * tokens
-    return 16 * parameters + activations + 12 * config.vocab_size * tokens
+    return int(16 * parameters + activations + 12 * config.vocab_size * tokens)
 
 
 def _available_memory(device: torch.device) -> int:

@@ -213,6 +213,8 @@ class RunFolder:
         shutil.rmtree(self._state_home(member), ignore_errors=True)
 
     def _state_home(self, member: str) -> Path:
+        if Path(member).name != member:  # a path here would be somebody else's directory
+            raise ValueError(f"{member!r} is no member's name")
         return self.private / "state" / member
 
     def history_path(self, member: str) -> Path:
@@ -439,4 +441,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return f"user {os.getuid()}"
-

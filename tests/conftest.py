@@ -14,7 +14,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-WORDS = "the of and to in is that für größer Straße naïve loss step gate model grows".split()
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "to",
+    "is",
+    "für",
+    "größer",
+    "Straße",
+    "naïve",
+    "loss",
+    "gate",
+    "grows",
+)
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

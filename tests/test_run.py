@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,7 +150,7 @@ def test_a_killed_run_ends_bitwise_where_it_would_have(
 def test_a_signal_saves_and_leaves(
     whole: tuple[Path, list[str]], cache: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    out, options = whole
+    _, options = whole
     mine = tmp_path / "run"
     longer = [*options, "--iterations", "4000,4", "--members", "d2"]
     process = start(cache, "run", *longer, "--out", str(mine))
@@ -197,16 +198,21 @@ def test_ars_wraps_every_base(tiny: list[str], arskit: Cli, base: str) -> None:
 
 @pytest.mark.parametrize("depth", ["same", "grow"])
 def test_a_local_base_is_inherited(
-    tiny: list[str], arskit: Cli, whole: tuple[Path, list[str]], depth: str
+    tiny: list[str], arskit: Cli, whole: tuple[Path, list[str]], depth: str, tmp_path: Path
 ) -> None:
-    base = whole[0] / "d3"
+    base, before = whole[0] / "d3", weights_hash(whole[0])
     done = arskit("run", *tiny, "--base", str(base), "--depth", depth, "--json")
     assert done.returncode == 0, done.stderr
     members = json.loads(done.stdout)["members"]
     assert members[0]["parent_model"] == str(base)
     assert members[0]["birth"]["birth_logits_difference"] == 0
-    layers = [json.loads(Path(str(base)).joinpath("config.json").read_text())["num_hidden_layers"]]
-    assert layers == [3]
+    layers = [
+        json.loads((tmp_path / "checkpoints" / m["model_id"] / "config.json").read_text())
+        for m in members
+    ]
+    grown = 0 if depth == "same" else 1
+    assert [c["num_hidden_layers"] for c in layers] == [3, 3 + grown, 3 + 2 * grown]
+    assert weights_hash(whole[0]) == before, "the base itself was touched"
 
 
 def test_a_diverged_run_commits_no_member(tiny: list[str], arskit: Cli, tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_a_diverged_run_commits_no_member(tiny: list[str], arskit: Cli, tmp_path
         (["--data", "nowhere"], 3, "no such file or folder: nowhere"),
         (["--data", "hf:no/such"], 3, "hf:no/such"),
         (["--data", "kaggle:no/such"], 3, "kaggle"),
-        (["--base", "./nowhere"], 3, "no model directory"),
+        (["--base", "./nowhere"], 3, "does not exist"),
         (["--optimizer", "adamv"], 4, "no optimizer named 'adamv' (did you mean 'adamw'?)"),
         (["--strategy", "progresive"], 4, "did you mean 'progressive'"),
         (["--gate", "surprize"], 4, "did you mean 'surprise'"),
@@ -292,11 +298,15 @@ def test_two_processes_train_as_one(
 ) -> None:
     """torchrun with gloo on the CPU: the same losses as one process, to rounding."""
     out, options = whole
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     mine = tmp_path / "run"
     env = {**os.environ, "ARSKIT_CACHE": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-         "-m", "ars_kit", "run", *options, "--out", str(mine), "--device", "cpu"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         f"--master_port={port}", "-m", "ars_kit", "run", *options, "--out", str(mine),
+         "--device", "cpu"],
         env=env, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -148,7 +148,9 @@ class EntropyGuard(TensorState):
     max P / sum P (Fisher 1929): significant at alpha where g > 1 - (alpha / 29)^(1 / 28). It
     counts only without progress, that is where the median of the later half is not half a sigma
     (of the detrended losses) below that of the earlier half. A later half standing 3 sigma above
-    the best so far and still rising counts as well. On: Ψ <- max(floor, 0.7 Ψ); off: Ψ <- min(1, 1.02^8 Ψ).
+    the best so far and still rising counts as well.
+
+    On: Ψ <- max(floor, 0.7 Ψ); off: Ψ <- min(1, 1.02^8 Ψ).
 
     ``threshold`` maps to alpha = 1e-3 * 10^((0.5 - threshold) / 0.1). ``reading`` is Ψ.
     """
