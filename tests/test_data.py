@@ -70,7 +70,7 @@ def test_nothing_held_out_is_trained_on(
     heldout = text_of(corpus, "heldout")
     # Every line starts with a number of its own, so a line that leaked is found.
     lines = {line.partition(":")[0] for line in heldout.splitlines()[1:-1]}
-    assert len(lines) > 5
+    assert len(lines) >= 4
     for side in (text_of(corpus, "train"), "\n".join(shown)):
         assert not lines & {line.partition(":")[0] for line in side.splitlines()}
     share = corpus.facts.heldout_bytes / (corpus.facts.heldout_bytes + corpus.facts.train_bytes)
