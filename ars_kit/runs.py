@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ars_kit.data import Corpus, Progress, prepare
+from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError
 from ars_kit.family import (
     Family,
@@ -24,6 +24,7 @@ from ars_kit.models import load_member
 from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
 from ars_kit.report import report
 from ars_kit.settings import Settings, differences, parse_members, resolve, to_toml
+from ars_kit.spool import Progress
 from ars_kit.store import BEST, RunFolder, locate, read_history
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.train import Stop

@@ -227,10 +227,18 @@ class InheritanceStrategy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text that belongs together: split, deduplicated and evaluated as a unit."""
+    """One text that belongs together: split, deduplicated and evaluated as a unit.
+
+    Attributes:
+        text: any Unicode.
+        origin: where it comes from, for people.
+        continues: this is the next part of the text before it, which is too large to be held in
+            memory at once. Parts are joined again with nothing between them.
+    """
 
     text: str
     origin: str = ""
+    continues: bool = False
 
 
 class DataSource(Protocol):

@@ -7,7 +7,10 @@ from typing import Any
 
 from ars_kit.errors import DataError
 from ars_kit.spec import Document
-from ars_kit_plugins.text_files import TextFiles, table_rows
+from ars_kit_plugins.text_files import TextFiles, one_line, quiet_datasets, table_rows
+
+TIMEOUT = 10.0
+"""Seconds to wait for a hub's first answer."""
 
 
 class HubDataset:
@@ -28,7 +31,7 @@ class HubDataset:
         self.column, self.revision = column, revision
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the dataset's name and the commit it is at.
+        """Return the dataset's name and the commit it is at; that commit is what will be read.
 
         Raises:
             DataError: the hub cannot be reached, or has no such dataset.
@@ -37,10 +40,14 @@ class HubDataset:
 
         try:
             info = huggingface_hub.HfApi().dataset_info(
-                self.name, revision=self.revision, timeout=10
+                self.name, revision=self.revision, timeout=TIMEOUT
             )
-        except Exception as error:
-            raise DataError(f"cannot reach dataset hf:{self.name}: {_line(error)}") from error
+        except Exception as error:  # httpx's, the hub's and the operating system's share no class
+            raise DataError(
+                f"cannot reach dataset hf:{self.name}: {one_line(error)} (check the name and the "
+                "network; a private one needs HF_TOKEN)"
+            ) from error
+        self.revision = info.sha
         return {
             "hf": self.name,
             "config": self.config,
@@ -50,43 +57,65 @@ class HubDataset:
         }
 
     def documents(self) -> Iterator[Document]:
-        """Yield one document a row."""
+        """Yield one document a row.
+
+        Raises:
+            DataError: it has no such configuration, split or column, or breaks off.
+        """
         import datasets  # noqa: PLC0415 -- slow to import
 
         try:
-            rows = datasets.load_dataset(
-                self.name,
-                self.config,
-                split=self.split,
-                revision=self.revision,
-                streaming=True,
-            )
-            yield from table_rows(rows, self.column, f"hf:{self.name}")
+            with quiet_datasets():
+                rows = datasets.load_dataset(
+                    self.name,
+                    self.config,
+                    split=self.split,
+                    revision=self.revision,
+                    streaming=True,
+                )
+                yield from table_rows(rows, self.column, f"hf:{self.name}")
         except DataError:
             raise
-        except Exception as error:
-            raise DataError(f"cannot read dataset hf:{self.name}: {_line(error)}") from error
+        except Exception as error:  # every file format's own, and the network's
+            raise DataError(f"cannot read dataset hf:{self.name}: {one_line(error)}") from error
 
 
-def kaggle_files(name: str, column: str) -> TextFiles:
-    """Download a Kaggle dataset (kagglehub keeps it in its cache) and read its files.
+class KaggleDataset:
+    """A dataset of Kaggle, downloaded once by kagglehub, then read as files.
 
-    Raises:
-        DataError: kagglehub is not installed, or the dataset cannot be had.
+    Args:
+        name: owner/name.
+        column: where the text stands in a table.
     """
-    try:
-        import kagglehub  # noqa: PLC0415 -- an extra
-    except ImportError:
-        raise DataError(
-            f"kaggle:{name} needs an extra; install it: pip install 'ars-kit[kaggle]'"
-        ) from None
-    try:
-        path = kagglehub.dataset_download(name)
-    except Exception as error:
-        raise DataError(f"cannot download kaggle:{name}: {_line(error)}") from error
-    return TextFiles(path, column)
 
+    def __init__(self, name: str, column: str) -> None:
+        self.name, self.column = name, column
+        self._files: TextFiles | None = None
 
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or repr(error)
+    def files(self) -> TextFiles:
+        """Download the dataset, unless kagglehub has it already.
+
+        Raises:
+            DataError: kagglehub is not installed, or the dataset cannot be had.
+        """
+        if self._files is None:
+            try:
+                import kagglehub  # noqa: PLC0415 -- an extra
+            except ImportError:
+                raise DataError(
+                    f"kaggle:{self.name} needs an extra; install it: pip install 'ars-kit[kaggle]'"
+                ) from None
+            try:
+                path = kagglehub.dataset_download(self.name)
+            except Exception as error:  # requests', Kaggle's and the operating system's
+                raise DataError(f"cannot download kaggle:{self.name}: {one_line(error)}") from error
+            self._files = TextFiles(str(path), self.column)
+        return self._files
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return each file's path, size and time of change."""
+        return {"kaggle": self.name, **self.files().fingerprint()}
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the files' texts and the tables' rows."""
+        return self.files().documents()

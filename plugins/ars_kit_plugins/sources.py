@@ -13,7 +13,7 @@ def stdlib() -> DataSource:
 
 
 def files(*, path: str, column: str = "text") -> DataSource:
-    """A file or a folder of .txt, .md, .jsonl, .json, .parquet or .csv.
+    """A file or a folder of .txt, .md, .jsonl, .json, .csv (each gzipped or not) or .parquet.
 
     Args:
         path: the file or the folder, which is searched through.
@@ -53,9 +53,9 @@ def kaggle(*, name: str, column: str = "text") -> DataSource:
         name: owner/name.
         column: where the text stands in a table.
     """
-    from ars_kit_plugins.hubs import kaggle_files  # noqa: PLC0415 -- only when chosen
+    from ars_kit_plugins.hubs import KaggleDataset  # noqa: PLC0415 -- only when chosen
 
-    return kaggle_files(name, column)
+    return KaggleDataset(name, column)
 
 
 @hookimpl

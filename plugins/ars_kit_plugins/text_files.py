@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+import csv
+import glob
+import gzip
+import io
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +20,19 @@ from ars_kit.errors import DataError
 from ars_kit.spec import Document
 
 PLAIN = (".txt", ".md")
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+JSON = (".jsonl", ".json")
+TABLES = (".csv", ".parquet")
+KNOWN = (*PLAIN, *JSON, *TABLES)
 CHUNK = 1 << 20
-"""A plain file larger than this becomes several documents, cut at a line's end."""
+"""Bytes of a plain file that are held at once; a larger one is yielded in parts."""
+ROWS = 256
+"""Rows of a table that are held at once."""
 
 
 class TextFiles:
     """Every supported file of a folder, in alphabetical order; a table's rows are documents.
+
+    Names that begin with a dot are passed over. Any file but Parquet may be gzipped.
 
     Args:
         path: a file or a folder.
@@ -34,102 +49,227 @@ class TextFiles:
         Raises:
             DataError: nothing is there, or nothing that can be read.
         """
-        known = ", ".join([*PLAIN, *TABLES])
-        if not self.path.exists():
-            raise DataError(f"no such file or folder: {self.path}")
+        known = f"{', '.join(KNOWN)} (.gz too)"
         if self.path.is_file():
-            if self.path.suffix.lower() not in (*PLAIN, *TABLES):
+            if kind_of(self.path) not in KNOWN:
                 raise DataError(f"{self.path} is of no kind that can be read; there are {known}")
             return [self.path]
-        found = [
-            p
-            for p in sorted(self.path.rglob("*"))
-            if p.is_file() and p.suffix.lower() in (*PLAIN, *TABLES)
-        ]
+        if not self.path.is_dir():
+            raise DataError(f"no such file or folder: {self.path}")
+        found = []
+        for folder, below, names in os.walk(self.path, onerror=_unreadable):
+            below[:] = [name for name in below if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        found = sorted(p for p in found if kind_of(p) in KNOWN and p.is_file())
         if not found:
             raise DataError(f"folder {self.path} holds no file of {known}")
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return each file's path, size and time of change."""
+        """Return each file's path, size and time of change.
+
+        Raises:
+            DataError: nothing is there that can be read.
+        """
         stats = [(str(p.resolve()), p.stat()) for p in self.files()]
         return {"files": [(p, s.st_size, s.st_mtime_ns) for p, s in stats], "column": self.column}
 
     def documents(self) -> Iterator[Document]:
-        """Yield the files' texts and the tables' rows."""
+        """Yield the files' texts and the tables' rows.
+
+        Raises:
+            DataError: a file cannot be read, named with the place where that shows.
+        """
         for path in self.files():
-            if path.suffix.lower() in PLAIN:
-                yield from read_plain(path)
-            else:
-                yield from self._read_table(path)
-
-    def _read_table(self, path: Path) -> Iterator[Document]:
-        import datasets  # noqa: PLC0415 -- slow to import
-
-        kind = TABLES[path.suffix.lower()]
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            yield from table_rows(rows, self.column, str(path))
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow, pandas and datasets raise a dozen kinds
-            why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise DataError(f"cannot read {path}: {why}") from error
+            kind = kind_of(path)
+            try:
+                if kind in PLAIN:
+                    yield from read_plain(path)
+                elif kind in JSON:
+                    yield from table_rows(read_json(path), self.column, str(path))
+                elif path.stat().st_size:
+                    yield from table_rows(read_table(path, self.column), self.column, str(path))
+            except (OSError, EOFError, zlib.error) as error:  # the latter two of a damaged gzip
+                why = getattr(error, "strerror", None) or one_line(error)
+                raise DataError(f"cannot read {path}: {why}") from error
 
 
-def table_rows(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[Document]:
-    """Yield one document a row.
+def kind_of(path: Path) -> str:
+    """Return a file's ending in lower case, that of the text inside if it is gzipped."""
+    name = path.name.lower()
+    ending = Path(name.removesuffix(".gz")).suffix
+    return "" if ending == ".parquet" and name.endswith(".gz") else ending
+
+
+def table_rows(rows: Iterable[Mapping[str, Any]], column: str, where: str) -> Iterator[Document]:
+    """Yield one document a row; rows without text are passed over.
 
     Raises:
-        DataError: the column is not there, or holds no text.
+        DataError: the first row has no such column, or one holds something other than text.
     """
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise DataError(
-                f"{where} has no column {column!r}; it has {', '.join(row)}. "
-                "Choose with --data files:path=...,column=..."
-            )
-        value = row[column]
+    for number, row in enumerate(rows, start=1):
+        if number == 1:
+            require_column(row, column, where)
+        value = row.get(column)
         if value is None:
             continue
         if not isinstance(value, str):
-            raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+            raise DataError(
+                f"{where}, row {number}: column {column!r} holds {type(value).__name__}, not text; "
+                "choose another with the setting column=NAME"
+            )
         yield Document(value, f"{where}:{number}")
 
 
+def require_column(columns: Iterable[str], column: str, where: str) -> None:
+    """Refuse a table without the column, naming those it has."""
+    names = list(columns)
+    if column not in names:
+        raise DataError(
+            f"{where} has no column {column!r}; it has {', '.join(map(str, names))}. "
+            "Choose one with the setting column=NAME"
+        )
+
+
+def read_table(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a .csv or .parquet file, reduced to one column, through ``datasets``.
+
+    The column is asked for as text: left to guess, pandas turns "NA" into nothing and "12" into a
+    number.
+
+    Raises:
+        DataError: it is not such a file, or lacks the column.
+    """
+    import datasets  # noqa: PLC0415 -- slow to import
+    import pyarrow.parquet as pq  # noqa: PLC0415 -- slow to import
+
+    settings: dict[str, Any]
+    try:
+        if kind_of(path) == ".csv":
+            with _opened(path) as file:
+                header = next(csv.reader(codecs.iterdecode(file, "utf-8-sig")), [])
+            require_column(header, column, str(path))
+            settings = {
+                "features": datasets.Features({column: datasets.Value("string")}),
+                "usecols": [column],
+                "na_filter": False,
+                "chunksize": ROWS,
+            }
+        else:
+            require_column(pq.read_schema(path).names, column, str(path))
+            settings = {"columns": [column], "batch_size": ROWS}
+        with quiet_datasets():
+            yield from datasets.load_dataset(
+                kind_of(path)[1:],
+                data_files=glob.escape(str(path)),
+                split="train",
+                streaming=True,
+                **settings,
+            )
+    except (DataError, OSError):
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason}; convert it") from error
+    except Exception as error:  # pyarrow, pandas and datasets raise a dozen kinds
+        raise DataError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a JSON Lines file, or of a file that is one JSON list or object.
+
+    Not through ``datasets``: it guesses each column's type from the first rows, so that it fails
+    where another column's type changes later and turns a text such as "2020-01-01" into a date. A
+    JSON list is held in memory whole; lines are not.
+
+    Raises:
+        DataError: it is not JSON, with the line.
+    """
+    with _opened(path) as file:
+        first = file.readline().removeprefix(codecs.BOM_UTF8)
+        lines: Iterable[bytes] = itertools.chain([first], file)
+        if kind_of(path) == ".json" and not _is_json(first):
+            lines = [first + file.read()]
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8: {error.reason}; convert it") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON: {one_line(error)}") from error
+            for row in value if isinstance(value, list) else [value]:
+                if isinstance(row, str):
+                    yield {"text": row}
+                elif isinstance(row, dict):
+                    yield row
+                else:
+                    raise DataError(f"{where} holds {type(row).__name__}, not an object with text")
+
+
 def read_plain(path: Path) -> Iterator[Document]:
-    """Yield a file as one document, or a large one as several of about a mebibyte.
+    """Yield a file as one document, in parts if it is large, with every line's end a newline.
 
     Raises:
         DataError: it is not UTF-8 text, with the byte where that shows.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    done, rest = 0, ""
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    done = 0
+    with _opened(path) as file:
+        while raw := file.read(CHUNK):
+            if not done and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+            if b"\0" in raw:
+                raise DataError(f"{path} is not text: a zero byte at {done + raw.index(0)}")
+            held = len(decoder.getstate()[0])
+            try:
+                text = newlines.decode(decoder.decode(raw))
+            except UnicodeDecodeError as error:
+                at = done - held + error.start
+                raise DataError(
+                    f"{path} is not UTF-8: {error.reason} at byte {at}; convert it"
+                ) from error
+            yield Document(text, str(path), continues=done > 0)
+            done += len(raw)
     try:
-        with path.open("rb") as file:
-            while raw := file.read(CHUNK):
-                if b"\0" in raw:
-                    at = done + raw.index(b"\0")
-                    raise DataError(f"{path} is not text: a zero byte at {at}")
-                try:
-                    text = rest + decoder.decode(raw).replace("\r\n", "\n")
-                except UnicodeDecodeError as error:
-                    at = done + error.start
-                    raise DataError(
-                        f"{path} is not UTF-8: {error.reason} near byte {at}; convert it first"
-                    ) from error
-                done += len(raw)
-                if len(raw) < CHUNK:
-                    rest = text
-                    continue
-                cut = text.rfind("\n") + 1 or len(text)
-                yield Document(text[:cut], f"{path}@{done}")
-                rest = text[cut:]
-        try:
-            rest += decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8: it ends inside a character") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if rest:
-        yield Document(rest, str(path))
+        text = newlines.decode(decoder.decode(b"", final=True), final=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: it ends inside a character") from error
+    if text:
+        yield Document(text, str(path), continues=done > 0)
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Keep ``datasets`` from logging what it is about to raise."""
+    from datasets.utils import logging  # noqa: PLC0415 -- slow to import
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"cannot read {error.filename}: {error.strerror}") from error

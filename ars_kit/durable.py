@@ -1,0 +1,235 @@
+"""Files and directories that are whole after a crash at any moment: the old ones or the new.
+
+The protocol is the usual one of databases and package managers: write beside, sync, rename, sync
+the directory (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). Each committed
+directory carries a manifest with the size and sha256 of every file in it, written last, so that a
+later reader can tell bytes that rotted from bytes that were meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ars_kit.errors import ArsKitError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of the manifest and of the lineage."""
+
+TEMPORARY = "tmp-"
+"""What the name of everything uncommitted begins with."""
+
+Files = Callable[[Path], None]
+"""Writes a directory's files into the empty directory it is given."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+
+
+def commit_directory(
+    target: Path, files: Files, header: Mapping[str, Any], *, scratch: Path
+) -> None:
+    """Make ``target`` appear whole, with a manifest, or not at all.
+
+    Args:
+        target: must not exist.
+        files: writes the content.
+        header: goes into the manifest beside its ``format`` and ``files``.
+        scratch: an existing directory on the same volume for what is not committed yet.
+
+    Raises:
+        ArsKitError: the volume is full or refuses to be written; nothing was changed.
+    """
+    with disk_errors(target), temporary(scratch) as temp:
+        temp.mkdir()
+        files(temp)
+        entries = {}
+        for path in sorted(temp.rglob("*")):
+            sync(path)
+            if not path.is_dir():
+                name = path.relative_to(temp).as_posix()
+                entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
+        body = {"format": FORMAT, **header, "files": entries}
+        (temp / MANIFEST).write_text(to_json(body), encoding="utf-8")
+        sync(temp / MANIFEST)
+        sync(temp)
+        make_directory(target.parent)
+        temp.rename(target)
+        sync(target.parent)
+
+
+def write_atomically(path: Path, text: str, *, scratch: Path) -> None:
+    """Replace a small file: a reader, or a crash, finds the old text or the new.
+
+    Raises:
+        ArsKitError: the volume is full or refuses to be written; the old text is whole.
+    """
+    with disk_errors(path), temporary(scratch) as temp:
+        temp.write_text(text, encoding="utf-8")
+        sync(temp)
+        temp.replace(path)
+        sync(path.parent)
+
+
+def discard(path: Path, *, scratch: Path) -> None:
+    """Remove a file or directory; a crash in between leaves it whole or gone, not half there."""
+    if not os.path.lexists(path):
+        return
+    with disk_errors(path), temporary(scratch) as temp:
+        path.rename(temp)
+        sync(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make ``path`` and its ancestors so that a power cut does not lose them again."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def clear_temporaries(scratch: Path) -> None:
+    """Remove what dead processes left uncommitted; only for who knows that they are dead."""
+    for leftover in scratch.glob(f"{TEMPORARY}*"):
+        _remove(leftover)
+
+
+@contextlib.contextmanager
+def temporary(scratch: Path) -> Iterator[Path]:
+    """Yield an unused path in ``scratch``; what is there in the end is removed."""
+    path = scratch / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        yield path
+    finally:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary. One that stays (busy on a network volume) is removed by the next run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def check_directory(path: Path) -> list[str]:
+    """Compare a committed directory with its manifest.
+
+    Hidden files (such as a file browser's) are nobody's business here: no library loads them.
+
+    Returns:
+        What differs, one line a file: which, what was expected, what was found.
+    """
+    try:
+        manifest = read_manifest(path)
+        expected = {n: (str(e["sha256"]), int(e["size"])) for n, e in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} is damaged: {error!r}"]
+    if manifest.get("format") != FORMAT:
+        return [f"{MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}"]
+    problems = [
+        p for name, (digest, size) in expected.items() if (p := _differs(path, name, digest, size))
+    ]
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()}
+    stray = sorted(
+        n for n in found - expected.keys() - {MANIFEST} if not Path(n).name.startswith(".")
+    )
+    return problems + [f"{name} was not committed" for name in stray]
+
+
+def _differs(folder: Path, name: str, digest: str, size: int) -> str | None:
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    try:
+        if (now := file.stat().st_size) != size:
+            return f"{name} is not what was committed: {now} bytes, not {size}"
+        if (found := sha256(file)) != digest:
+            return f"{name} is not what was committed: sha256 is {found}, not {digest}"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a committed directory's manifest.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not, to the byte, a manifest.
+    """
+    text = (path / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or text != to_json(manifest):
+        raise ValueError("it is not as it was written")
+    return manifest
+
+
+def to_json(body: Any) -> str:
+    """Return the one text that stands for ``body``: sorted, indented, stable when read back."""
+    plain = json.loads(json.dumps(body))  # a number used as a key is text from here on
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def sha256(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, survive a power cut."""
+    if sys.platform == "win32":  # directories cannot be synced there, files only when writable
+        if path.is_dir():
+            return
+        flags = os.O_RDWR | os.O_BINARY
+    else:
+        flags = os.O_RDONLY
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn what a volume can refuse into one line that says what is still whole."""
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number in _FULL:
+            raise ArsKitError(
+                f"no space left to write {target} ({os.strerror(number)}); what was committed "
+                "before is whole. Free some space and run again"
+            ) from error
+        if number in _REFUSED:
+            raise ArsKitError(
+                f"cannot write {target} ({error}); what was committed before is whole. "
+                "Make the volume writable and run again"
+            ) from error
+        raise
+
+
+def _error_number(error: Exception) -> int:
+    """Return the system's number of an error, 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # safetensors writes from Rust and leaves the number in its message only.
+    found = re.search(r"os error (\d+)", str(error))
+    is_safetensors = type(error).__name__ == "SafetensorError"
+    return int(found.group(1)) if found and is_safetensors else 0
