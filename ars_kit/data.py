@@ -14,12 +14,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ars_kit.durable import disk_errors
 from ars_kit.errors import ConfigError, DataError
 from ars_kit.spec import DataSource
 from ars_kit.spool import PARTS, Part, Progress, Split, Spool
@@ -141,22 +143,20 @@ def _prepare_into(
     except OSError as error:
         raise ConfigError(f"cannot write the data cache {folder.parent}: {error}") from error
     try:
-        spool = Spool(temp / "text.spool")
-        try:
-            facts = _fill(
-                temp,
-                spool,
-                source,
-                tokenizer=tokenizer,
-                fraction=fraction,
-                identity=identity,
-                tell=progress or _silent,
-            )
-        finally:
-            spool.close()
-        (temp / "text.spool").unlink()
-        (temp / "corpus.json").write_text(json.dumps(asdict(facts), indent=1, default=str))
-        _publish(temp, folder)
+        with disk_errors(folder):
+            with closing(Spool(temp / "text.spool")) as spool:
+                facts = _fill(
+                    temp,
+                    spool,
+                    source,
+                    tokenizer=tokenizer,
+                    fraction=fraction,
+                    identity=identity,
+                    tell=progress or _silent,
+                )
+            (temp / "text.spool").unlink()
+            (temp / "corpus.json").write_text(json.dumps(asdict(facts), indent=1, default=str))
+            _publish(temp, folder)
     except OSError as error:
         raise DataError(f"preparing the text in {folder.parent} failed: {error}") from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -123,7 +124,7 @@ def run_family(family: Family) -> list[dict[str, Any]]:
 def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     """Bear, train, judge and commit one member."""
     settings, accelerator = family.plan.settings, family.accelerator
-    seed_everything(settings.family.seed)
+    seed_everything(member_seed(settings.family.seed, member.name))
     model, seed, facts, opt_state = bear(family, member)
     model.to(accelerator.device)
     train = settings.train
@@ -187,7 +188,7 @@ def bear(
     The result depends on the committed parent and the run's seed alone, so a member that was
     interrupted before its first training state is born the same again.
     """
-    seed_number = family.plan.settings.family.seed
+    seed_number = member_seed(family.plan.settings.family.seed, member.name)
     model = build(member.config, seed=seed_number)
     facts: dict[str, Any] = {"parent": member.parent, "inherited_share": 0.0}
     if member.parent is None:
@@ -225,6 +226,12 @@ def bear(
         opt_state = derive_opt_state(parent.opt_state, seed.provenance, shapes)
     facts["optimizer_state"] = "carried" if opt_state else "fresh"
     return model, seed, facts, opt_state
+
+
+def member_seed(seed: int, name: str) -> int:
+    """Return the seed of one member's draws, so that no two members' fresh weights are alike."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits without a sign
 
 
 def judge(family: Family, name: str, model: PreTrainedModel) -> dict[str, float | None]:

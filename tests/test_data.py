@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ars_kit import data, spool
 from ars_kit.data import Corpus, prepare
-from ars_kit.errors import ConfigError, DataError
+from ars_kit.errors import ArsKitError, ConfigError, DataError
 from ars_kit.spec import Document
 from ars_kit.spool import Spool
 from ars_kit.tokens import (
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device"):
+    with pytest.raises(ArsKitError, match="no space left to write"):
         corpus_of(make_text(3), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
