@@ -23,7 +23,7 @@ kill-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests/test_kill.py
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -103,7 +103,7 @@ def train_member(job: Trainee) -> None:
         done = step + 1
         asked = _asked_to_stop(job, done)
         if done % run.log_every == 0 or done == plan.steps or asked:
-            _log(job, done)
+            log(job, done)
         if done % run.save_every == 0 or done == plan.steps or asked:
             save(job, done)
         if asked and done < plan.steps:
@@ -195,7 +195,7 @@ def save(job: Trainee, step: int) -> None:
     job.meter.start(job.accelerator.device)
 
 
-def _log(job: Trainee, done: int) -> None:
+def log(job: Trainee, done: int) -> None:
     """Read what the device recorded since the last time, once for many steps."""
     rows = job.optimizer.drain()
     for row in rows:

@@ -1,0 +1,262 @@
+"""What the training loop costs over a bare PyTorch loop, paired in one process.
+
+Four loops train copies of one model on the same batches, a few steps each in turn:
+
+- ``bare``: forward, backward, fused AdamW, learning rate set by hand, loss read every tenth step;
+- ``bare+clip``: the same with ``clip_grad_norm_(1.0)``, as most loops have it;
+- ``adamw``: ``arskit run --optimizer adamw`` (accelerate, batches, guard, history, meter);
+- ``ars``: ``arskit run --optimizer ars``, every gate of it.
+
+The ratio of each round's times to the bare loop's is what counts; absolute times of a shared
+machine do not. ``bare`` and ``adamw`` must end with bitwise the same weights, or it is void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+
+from ars_kit.host import Host
+from ars_kit.measure import Meter
+from ars_kit.models import build, parameter_groups, weights_of
+from ars_kit.optim import build_optimizer
+from ars_kit.plan import RunPlan, plan_run
+from ars_kit.schedule import lr_factor
+from ars_kit.settings import resolve
+from ars_kit.store import RunFolder
+from ars_kit.tokens import Batches
+from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step
+
+BAR = 1.03
+LOG_EVERY = 10
+SIZES: dict[str, dict[str, Any]] = {
+    "embedded d18": {},
+    "wide d18": {"family.aspect": 0.8, "family.head_dim": 64},
+}
+Block = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Loop:
+    """One way to train: ``block(first, count)`` does that many steps."""
+
+    block: Block
+    model: Any
+
+
+class Silent:
+    """Looks on and says nothing."""
+
+    def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
+        """Hear of steps."""
+
+
+def bare_loop(plan: RunPlan, batches: Batches, steps: int, *, clip: bool) -> Loop:
+    """The loop that anybody would write."""
+    member, train = plan.members[0], plan.settings.train
+    model = build(member.config, seed=0).train()
+    groups = _groups(plan, model)
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def block(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            factor = _factor(plan, step, steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            window = torch.from_numpy(batches.batch(step))
+            logits = model(input_ids=window[:, :-1], use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % LOG_EVERY == 0:
+                loss.item()
+
+    return Loop(block, model)
+
+
+def our_loop(plan: RunPlan, batches: Batches, host: Host, folder: RunFolder, *, name: str) -> Loop:
+    """The product's own, without the saving."""
+    settings = resolve({**_flags(plan), "optimizer.name": name}, {}, None)
+    member = plan_run(settings, host).members[0]
+    accelerator = Accelerator(cpu=plan.device == "cpu")
+    model = build(member.config, seed=0)
+    optimizer = build_optimizer(
+        host, settings.optimizer, _groups(plan, model), lr=settings.train.lr, position=0.0
+    )
+    remember_peaks(optimizer)
+    job = Trainee(
+        plan=member,
+        settings=settings,
+        model=model,
+        optimizer=optimizer,
+        batches=batches,
+        accelerator=accelerator,
+        folder=folder,
+        watcher=Silent(),
+        stop=Stop(),
+        warmup=settings.train.warmup_steps,
+    )
+    wrapped = accelerator.prepare(model).train()
+    job.meter.start(accelerator.device)
+
+    def block(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            train_step(job, wrapped, step)
+            if (step + 1) % LOG_EVERY == 0:
+                log(job, step + 1)
+
+    return Loop(block, model)
+
+
+def compare(
+    size: str, *, rounds: int, block: int, host: Host
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return each loop's seconds per step, round by round, and what was run."""
+    steps = (rounds + 1) * block
+    flags = {"family.members": "d18", "train.tokens": steps * 2048, **SIZES[size]}
+    plan = plan_run(resolve(flags, {}, None), host)
+    member = plan.members[0]
+    stream = np.random.default_rng(0).integers(0, 1024, 2_000_000, dtype=np.uint16)
+    batches = Batches(
+        stream,
+        sequence_length=plan.settings.data.sequence_length,
+        batch_size=plan.settings.train.batch_size,
+        seed=0,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        loops = {
+            "bare": bare_loop(plan, batches, steps, clip=False),
+            "bare+clip": bare_loop(plan, batches, steps, clip=True),
+        }
+        for name in ("adamw", "ars"):
+            folder = RunFolder(Path(scratch, name))
+            loops[name] = our_loop(plan, batches, host, folder, name=name)
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        for number in range(rounds + 1):
+            names = list(loops)
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
+                begin = time.perf_counter()
+                loops[name].block(number * block, block)
+                if number:  # the first round warms up
+                    seconds[name].append((time.perf_counter() - begin) / block)
+    _require_same(loops["bare"].model, loops["adamw"].model)
+    facts = {
+        "size": size,
+        "parameters": member.parameters,
+        "tokens_per_step": plan.settings.train.batch_size * plan.settings.data.sequence_length,
+        "steps": rounds * block,
+    }
+    return seconds, facts
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return each loop's median ratio to the bare one, with the quartiles of the rounds."""
+    found = {}
+    for name, times in seconds.items():
+        pairs = [t / b for t, b in zip(times, seconds["bare"], strict=True)]
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        found[name] = {"ratio": middle, "q1": low, "q3": high, "ms": 1e3 * statistics.median(times)}
+    return found
+
+
+def _groups(plan: RunPlan, model: Any) -> list[dict[str, Any]]:
+    train = plan.settings.train
+    return parameter_groups(
+        model,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        lr_width=train.lr_width,
+        lr_vectors=train.lr_vectors,
+    )
+
+
+def _flags(plan: RunPlan) -> dict[str, Any]:
+    settings = plan.settings
+    return {k: v for k, v in settings.flat().items() if settings.origins.get(k) == "flag"}
+
+
+def _factor(plan: RunPlan, step: int, steps: int) -> float:
+    train = plan.settings.train
+    return lr_factor(
+        step,
+        steps=steps,
+        schedule=train.schedule,
+        warmup=train.warmup_steps,
+        decay_fraction=train.decay_fraction,
+    )
+
+
+def _require_same(one: Any, other: Any) -> None:
+    for (name, mine), theirs in zip(
+        weights_of(one).items(), weights_of(other).values(), strict=True
+    ):
+        if not torch.equal(mine, theirs):
+            raise SystemExit(f"the two loops did not do the same work: {name} differs")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main() -> None:
+    """Measure every size and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    host = Host.installed()
+    report: dict[str, Any] = {
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "bar": BAR,
+        "sizes": [],
+    }
+    print("| model | loop | ms per step | ratio to bare | quartiles |")
+    print("| --- | --- | --- | --- | --- |")
+    with _threads(options.threads):
+        for size in SIZES:
+            seconds, facts = compare(size, rounds=options.rounds, block=options.block, host=host)
+            found = ratios(seconds)
+            report["sizes"].append({**facts, "loops": found})
+            for name, r in found.items():
+                print(
+                    f"| {size}, {facts['parameters']:,} | {name} | {r['ms']:.1f} "
+                    f"| {r['ratio']:.3f} | {r['q1']:.3f} .. {r['q3']:.3f} |",
+                    flush=True,
+                )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
