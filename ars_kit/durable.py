@@ -55,9 +55,13 @@ def commit_directory(
         temp.mkdir()
         files(temp)
         entries = {}
+        readable = temp.stat().st_mode & 0o666  # what the umask leaves; safetensors writes 0600
         for path in sorted(temp.rglob("*")):
-            sync(path)
-            if not path.is_dir():
+            if path.is_dir():
+                sync(path)
+            else:
+                path.chmod(readable)
+                sync(path)
                 name = path.relative_to(temp).as_posix()
                 entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
         body = {"format": FORMAT, **header, "files": entries}

@@ -140,7 +140,7 @@ def probe_device(device: torch.device) -> Speed:
         b = a @ a
         b[0, 0].item()
         seconds.append(time.perf_counter() - begin)
-    return Speed(2 * n**3 / min(seconds), f"{n}x{n} matrix products on {device}: an upper bound")
+    return Speed(2 * n**3 / min(seconds), f"{n}x{n} matrix products on {device}; it will be slower")
 
 
 def probe_training(

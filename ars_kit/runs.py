@@ -134,7 +134,7 @@ def evaluate(
             need_heldout=2,
         )
         model = load_member(path).to(pick_device(settings.train.device))  # type: ignore[arg-type]
-        figures: dict[str, Any] = {"model_id": name}
+        figures: dict[str, Any] = {"model_id": path.name if name == "best" else name}
         for choice in settings.run.evaluators:
             evaluand = evaluand_of(
                 name,

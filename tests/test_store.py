@@ -257,6 +257,19 @@ def test_files_have_the_rights_the_user_asked_for(folder: RunFolder) -> None:
         assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_library_that_writes_private_files_does_not_hide_them(folder: RunFolder) -> None:
+    def private(path: Path) -> None:
+        (path / "model.safetensors").write_bytes(b"x")
+        (path / "model.safetensors").chmod(0o600)
+
+    before = os.umask(0o022)
+    try:
+        folder.commit_member("d1", private, parent=None, facts={})
+    finally:
+        os.umask(before)
+    assert (folder.path / "d1" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_name_is_given_once(folder: RunFolder) -> None:
     family_of(folder, 1)
     with pytest.raises(ConfigError, match="already exists"):
