@@ -27,8 +27,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--members", "family.members", "Members in birth order: d10..d18, or d10,d12."),
     ("--strategy", "family.strategy", "Inheritance strategy, NAME or NAME:key=value."),
-    ("--base", "family.base", "Pretrained model to start from: a directory or a hub id."),
-    ("--depth", "family.depth", "With --base: same or grow."),
+    (
+        "--base",
+        "family.base",
+        "Pretrained model to start from: a directory or a hub id. It has defaults of its own.",
+    ),
+    ("--depth", "family.depth", "miniseries; with --base same (default) or grow."),
     ("--data", "data.source", "A path, hf:owner/name, kaggle:owner/name, or a source."),
     ("--sequence-length", "data.sequence_length", "Tokens of context."),
     ("--iterations", "train.iterations", "Of the first member and of each later one: 100,50."),
@@ -51,13 +55,32 @@ MANY: tuple[tuple[str, str, str], ...] = (
 )
 
 
+class SettingOption(click.Option):
+    """An option for a setting: its help names the default, which only the settings know."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flag and its help, with the embedded default's value."""
+        from ars_kit.settings import Settings
+
+        record = super().get_help_record(ctx)
+        default = Settings().flat()[str(self.name).replace("__", ".")]
+        if record is None or default in (None, ()):
+            return record
+        spelled = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        return record[0], f"{record[1]}  [default: {spelled}]"
+
+
 def run_options(command: F) -> F:
     """Add every option that sets a setting."""
     for flag, key, text in reversed(MANY):
         name = key.replace(".", "__")
-        command = click.option(flag, name, multiple=True, metavar="TEXT", help=text)(command)
+        command = click.option(
+            flag, name, multiple=True, metavar="TEXT", help=text, cls=SettingOption
+        )(command)
     for flag, key, text in reversed(FLAGS):
-        command = click.option(flag, key.replace(".", "__"), metavar="VALUE", help=text)(command)
+        command = click.option(
+            flag, key.replace(".", "__"), metavar="VALUE", help=text, cls=SettingOption
+        )(command)
     command = click.option(
         "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
     )(command)
@@ -77,7 +100,7 @@ out_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="arskit")
 def cli() -> None:
     """Train a family of language models, each inheriting its predecessor."""
@@ -104,7 +127,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     if main_process:
         # Text that cannot be had is said before anything is timed or trained.
         open_corpus(settings, host, _cache(), display.preparing)
-        plan = estimate(plan)
+        display.plan = plan = estimate(plan)
         _print_plan(plan, console)
     with display.showing():
         metrics, best = execute(
@@ -291,6 +314,27 @@ def plugins_show(name: str) -> None:
                 click.echo(f"      {setting.doc}")
 
 
+@plugins.command("new")
+@click.argument("kind")
+@click.argument("name")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default="here",
+    help="Directory to put the package in.",
+)
+def plugins_new(kind: str, name: str, into: Path) -> None:
+    """Begin a package of your own: KIND is gate, NAME what it will be called."""
+    from ars_kit.scaffold import KINDS, write_package
+
+    shelf = _host().shelves[KINDS[kind].shelf] if kind in KINDS else {}
+    if name in shelf:
+        owner = shelf[name][0].plugin
+        raise ConfigError(f"a {kind} {name!r} is offered by plugin {owner}; choose another name")
+    click.echo(write_package(kind, name, into))
+
+
 @cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
@@ -343,6 +387,7 @@ def main() -> None:
     # Their progress bars and advice would drown ours; set before they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         cli.main(prog_name="arskit", standalone_mode=False)

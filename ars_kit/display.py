@@ -34,6 +34,8 @@ class Display:
         self.rows: dict[str, list[str]] = {
             m.name: [m.name, m.parent or "-", f"0/{m.steps}", *["-"] * 6] for m in plan.members
         }
+        self._seconds = dict.fromkeys(self.rows, 0.0)
+        self._share = dict.fromkeys(self.rows, 0.0)  # of each member's steps, done so far
         self._live: Live | None = None
         self._spoke = 0.0
         self._preparing = ""
@@ -81,7 +83,7 @@ class Display:
         seconds = meter.elapsed()
         rate = meter.tokens / seconds if seconds else 0.0
         left = (planned.tokens - meter.tokens) / rate if rate else 0.0
-        cost = seconds / 3600 * self.plan.settings.run.price_per_hour
+        self._seconds[member], self._share[member] = seconds, done / planned.steps
         self.rows[member][2:] = [
             f"{done}/{planned.steps}",
             f"{loss:.3f}",
@@ -89,17 +91,22 @@ class Display:
             f"{damping:.3f}",
             f"{rate:,.0f}",
             duration(left),
-            f"{cost:.4f}",
+            self._cost(seconds),
         ]
         self._update()
         if self._live is None and time.monotonic() - self._spoke > PLAIN_EVERY:
             row = self.rows[member]
-            self._say(f"{member}: step {row[2]}, loss {row[3]}, {row[6]} tokens/s, {row[7]} left")
+            self._say(
+                f"{member}: step {row[2]}, loss {row[3]}, {row[6]} tokens/s, {row[7]} left; "
+                f"{self._family()}"
+            )
 
     def finished(self, metrics: Mapping[str, Any]) -> None:
         """Hear that a member is committed."""
         heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]
-        row = self.rows[str(metrics["model_id"])]
+        name = str(metrics["model_id"])
+        self._seconds[name], self._share[name] = metrics["training_time"], 1.0
+        row = self.rows[name]
         row[2:] = [
             f"{metrics['steps']}/{metrics['steps']}",
             _figure(metrics["final_loss"], "{:.3f}"),
@@ -111,7 +118,30 @@ class Display:
         ]
         self._update()
         if self._live is None:
-            self._say(f"{row[0]}: done, held-out loss {row[4]} nats per token")
+            self._say(f"{name}: done, held-out loss {row[4]} nats per token; {self._family()}")
+
+    def family_left(self) -> float | None:
+        """Return the family's training time still to come, in seconds.
+
+        The plan's estimates, corrected by how wrong they were for what is done; None before the
+        first steps, or where nothing was estimated.
+        """
+        estimates = {m.name: m.seconds for m in self.plan.members}
+        if None in estimates.values():
+            return None
+        foreseen = sum((e or 0.0) * self._share[name] for name, e in estimates.items())
+        if not foreseen:
+            return None
+        rest = sum((e or 0.0) * (1 - self._share[name]) for name, e in estimates.items())
+        return rest * sum(self._seconds.values()) / foreseen
+
+    def _family(self) -> str:
+        left = self.family_left()
+        ahead = "" if left is None else f"{duration(left)} left, "
+        return f"family: {ahead}{self._cost(sum(self._seconds.values()))} $ so far"
+
+    def _cost(self, seconds: float) -> str:
+        return f"{seconds / 3600 * self.plan.settings.run.price_per_hour:.4f}"
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
@@ -122,7 +152,15 @@ class Display:
             self._live.update(self._table())
 
     def _table(self) -> Table:
-        return table(HEADINGS, list(self.rows.values()))
+        made = table(HEADINGS, list(self.rows.values()))
+        left = self.family_left()
+        steps = sum(m.steps for m in self.plan.members)
+        done = sum(round(m.steps * self._share[m.name]) for m in self.plan.members)
+        times = duration(left) if done < steps else "done"
+        cost = self._cost(sum(self._seconds.values()))
+        made.add_section()
+        made.add_row("family", "", f"{done}/{steps}", "", "", "", "", times, cost)
+        return made
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
