@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench clean
+.PHONY: run test lint kill-test bench docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -24,6 +24,12 @@ kill-test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+
+package-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/test_package.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

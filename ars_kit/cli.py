@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ars_kit import __version__
-from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
+from ars_kit.errors import ArsKitError, ConfigError, IntegrityError, PluginError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,9 +115,10 @@ def cli() -> None:
 def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
     """Train the family, or go on where it was stopped."""
     from ars_kit.display import Display
+    from ars_kit.outcome import frozen_settings
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import markdown_table
-    from ars_kit.runs import execute, frozen_settings, open_corpus
+    from ars_kit.runs import execute, open_corpus
 
     host, console = _host(), _console(stderr=True)
     settings = frozen_settings(out) if resume else _settings(options)
@@ -172,7 +173,7 @@ def plan(as_json: bool, **options: Any) -> None:
 def status(out: Path, as_json: bool) -> None:
     """Show how far a run is, from its folder alone."""
     from ars_kit.display import table
-    from ars_kit.runs import status as read_status
+    from ars_kit.outcome import status as read_status
 
     rows = read_status(out)
     if as_json:
@@ -246,7 +247,7 @@ def evaluate(
 @json_option
 def select(metric: str, out: Path, as_json: bool) -> None:
     """Choose the best member and record it under the name 'best'."""
-    from ars_kit.runs import select as choose
+    from ars_kit.outcome import select as choose
 
     record = choose(out, metric)
     if as_json:
@@ -333,6 +334,28 @@ def plugins_new(kind: str, name: str, into: Path) -> None:
         owner = shelf[name][0].plugin
         raise ConfigError(f"a {kind} {name!r} is offered by plugin {owner}; choose another name")
     click.echo(write_package(kind, name, into))
+
+
+@plugins.command("check")
+@click.argument("name")
+@json_option
+def plugins_check(name: str, as_json: bool) -> None:
+    """Check that a gate, or every gate of a distribution, keeps every gate's rules."""
+    from dataclasses import asdict
+
+    from ars_kit.conformance import check_gates
+    from ars_kit.testing import check_gate
+
+    findings = []
+    for finding in check_gates(_host(), name, check_gate):
+        findings.append(finding)
+        if not as_json:
+            click.echo(finding)
+    if as_json:
+        _echo_json([asdict(finding) for finding in findings])
+    failed = sum(finding.problem is not None for finding in findings)
+    if failed:
+        raise PluginError(f"{failed} of {len(findings)} gates of {name!r} failed")
 
 
 @cli.command()

@@ -11,7 +11,7 @@ are read once a step, the one synchronisation there is.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
+from ars_kit.factors import Factors, Once, Rates, local, norms_of
 from ars_kit.spec import Damping, DampingGate, StepSignal
 
 KEPT_ROWS = 4096
@@ -68,6 +69,7 @@ class DampedOptimizer(Optimizer):
         self._last: Tensor | None = None
         self._rows: deque[Tensor] = deque(maxlen=KEPT_ROWS)
         self._row_steps: deque[int] = deque(maxlen=KEPT_ROWS)
+        self._labels: tuple[str, ...] = ()
         self._totals: Tensor | None = None
 
     # The base owns these three; whoever reads or replaces them here reads or replaces its own.
@@ -146,17 +148,23 @@ class DampedOptimizer(Optimizer):
     def _damped_step(self, loss: Tensor) -> None:
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         one = torch.ones_like(loss)
-        total = _Total(one)
+        total = Factors(one)
         last = one if self._last is None else self._last
         lr = self.param_groups[0]["lr"]
-        norms = _Once(lambda: _norms(grads))
+        norms = Once(lambda: norms_of(grads))
         for name, gate in self.gates.items():
             signal = StepSignal(
                 self._steps, loss, lr, total.skip, total.gradient, total.step, last, norms
             )
             total.add(name, gate, self._ask(name, gate, signal))
+            try:
+                total.explain(name, gate)
+            except Exception as error:
+                raise PluginError(
+                    f"damping gate {name!r} could not explain step {self._steps}: {error!r}"
+                ) from error
         if grads:
-            self._apply(grads, total)
+            self._apply([local(g) for g in grads], total)
         self._last = total.gradient * total.step
         self._record(loss, total)
 
@@ -177,7 +185,7 @@ class DampedOptimizer(Optimizer):
             )
         return answer
 
-    def _apply(self, grads: list[Tensor], total: _Total) -> None:
+    def _apply(self, grads: list[Tensor], total: Factors) -> None:
         on_host = grads[0].device.type == "cpu" or not self._can_fold()
         if self._fold is not None:
             on_host = not self._fold
@@ -189,7 +197,7 @@ class DampedOptimizer(Optimizer):
                 torch._foreach_mul_(grads, list((total.vector * gradient).unbind()))
             elif gradient != 1.0:
                 torch._foreach_mul_(grads, gradient)
-            with _Rates(self.param_groups, None if step == 1.0 else step):
+            with Rates(self.param_groups, None if step == 1.0 else step):
                 self.base.step()
             return
         if total.vector is not None:
@@ -197,7 +205,7 @@ class DampedOptimizer(Optimizer):
         base: Any = self.base
         base.grad_scale, base.found_inf = 1.0 / total.gradient, total.skip.float()
         try:
-            with _Rates(self.param_groups, total.step if total.steps_damped else None):
+            with Rates(self.param_groups, total.step if total.steps_damped else None):
                 base.step()
         finally:
             del base.grad_scale, base.found_inf
@@ -206,22 +214,34 @@ class DampedOptimizer(Optimizer):
         known = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
         return isinstance(self.base, known) and all(g.get("fused") for g in self.param_groups)
 
-    def _record(self, loss: Tensor, total: _Total) -> None:
-        row = torch.stack([loss, total.gradient, total.step, total.skip.float(), *total.readings])
+    def _record(self, loss: Tensor, total: Factors) -> None:
+        explained = total.explained
+        if self._labels != tuple(explained):
+            if self._rows:
+                raise PluginError(
+                    f"damping gates explained {sorted(explained)} at step {self._steps} but "
+                    f"{sorted(self._labels)} before; the names must stay the same"
+                )
+            self._labels = tuple(explained)
+        skip = total.skip.float()
+        head = [loss, total.gradient, total.step, skip, *total.factors]
+        row = torch.stack([*head, *explained.values(), *total.broken])
         self._rows.append(row)
         self._row_steps.append(self._steps)
         # A skipped step damps nothing; it is counted on its own.
+        n = len(self.gates)
         damping = torch.where(total.skip, 0.0, total.gradient * total.step)
-        per_gate = torch.stack([torch.where(total.skip, 0.0, f) for f in total.factors])
-        head = torch.stack([torch.ones_like(loss), total.skip.float(), damping])
-        new = torch.cat([head, per_gate, torch.stack(total.broken)])
+        per_gate = torch.where(total.skip, 0.0, row[4 : 4 + n])
+        counts = torch.stack([torch.ones_like(loss), skip, damping])
+        new = torch.cat([counts, per_gate, row[row.numel() - n :]])
         self._totals = new if self._totals is None else self._totals + new
 
     def drain(self) -> list[dict[str, Any]]:
         """Return and forget what was recorded of each step since the last call; synchronises once.
 
-        Each row has ``step``, ``loss``, ``gradient`` and ``step_size`` (factors), ``skipped`` and,
-        for gates with a reading (such as Φ's z), that by the gate's name.
+        Each row has ``step``, ``loss``, ``gradient`` and ``step_size`` (factors), ``skipped``,
+        each gate's factor by the gate's name, and what gates explain by ``GATE_NAME``: a row with
+        ``surprise`` 0.31 and ``surprise_z`` 7.2 says how hard that gate damped and why.
 
         Raises:
             PluginError: a gate has returned a factor outside [0, 1] or not finite.
@@ -233,18 +253,13 @@ class DampedOptimizer(Optimizer):
         steps = list(self._row_steps)
         self._rows.clear()
         self._row_steps.clear()
-        measured = [n for n, g in self.gates.items() if hasattr(g, "reading")]
-        return [
-            {
-                "step": step,
-                "loss": loss,
-                "gradient": gradient,
-                "step_size": size,
-                "skipped": bool(skip),
-                **dict(zip(measured, readings, strict=True)),
-            }
-            for step, (loss, gradient, size, skip, *readings) in zip(steps, values, strict=True)
-        ]
+        names = ("loss", "gradient", "step_size", "skipped", *self.gates, *self._labels)
+        rows = []
+        for step, row in zip(steps, values, strict=True):
+            named: dict[str, Any] = {"step": step, **dict(zip(names, row, strict=False))}
+            named["skipped"] = bool(named["skipped"])
+            rows.append(named)
+        return rows
 
     def summary(self) -> dict[str, Any]:
         """Return steps, skipped steps, mean damping and each gate's mean factor; synchronises."""
@@ -295,95 +310,6 @@ class DampedOptimizer(Optimizer):
         for name, gate in self.gates.items():
             if name in damping["gates"]:
                 gate.load_state_dict(damping["gates"][name])
-
-
-class _Once:
-    """Calls a function the first time and remembers the answer."""
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._compute = compute
-        self._value: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._value is None:
-            self._value = self._compute()
-        return self._value
-
-
-class _Total:
-    """The factors of one step, multiplied up over the gates."""
-
-    def __init__(self, one: Tensor) -> None:
-        self.gradient, self.step = one, one
-        self.skip = torch.zeros_like(one, dtype=torch.bool)
-        self.vector: Tensor | None = None
-        self.steps_damped = False
-        self.factors: list[Tensor] = []
-        self.broken: list[Tensor] = []
-        self.readings: list[Tensor] = []
-
-    def add(self, name: str, gate: DampingGate, damping: Damping) -> None:
-        one = torch.ones_like(self.gradient)
-        factor, broken = one, torch.zeros_like(one)
-        if damping.skip is not None:
-            self.skip = self.skip | damping.skip
-            factor = torch.where(damping.skip, 0.0, factor)
-        for value, part in ((damping.gradient, "gradient"), (damping.step, "step")):
-            if value is None:
-                continue
-            if value.ndim == 1 and part == "gradient":
-                self.vector = value if self.vector is None else self.vector * value
-                continue
-            if value.ndim:
-                raise PluginError(
-                    f"damping gate {name!r} returned a {part} factor of shape "
-                    f"{tuple(value.shape)}; it must be 0-d"
-                )
-            value = value.to(one)  # noqa: PLW2901
-            if getattr(gate, "bounded", True):
-                # Of a step that is skipped anyway nothing is asked: its loss may be NaN.
-                outside = ~((value >= 0) & (value <= 1)) & ~self.skip
-                broken = broken + outside.float()
-            factor = factor * value
-            if part == "gradient":
-                self.gradient = self.gradient * value
-            else:
-                self.step = self.step * value
-                self.steps_damped = True
-        self.factors.append(factor)
-        self.broken.append(broken)
-        if hasattr(gate, "reading"):
-            self.readings.append(gate.reading.to(one))
-
-    def read(self) -> tuple[bool, float, float]:
-        """Bring skip and the two factors to the host, at once."""
-        skip, gradient, step = torch.stack([self.skip.float(), self.gradient, self.step]).tolist()
-        return bool(skip), gradient, step
-
-
-class _Rates:
-    """Multiplies every group's learning rate for the length of one step."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]], factor: float | Tensor | None) -> None:
-        self._groups, self._factor = list(groups), factor
-        self._kept: list[Any] = []
-
-    def __enter__(self) -> None:
-        if self._factor is not None:
-            self._kept = [g["lr"] for g in self._groups]
-            for group in self._groups:
-                group["lr"] = group["lr"] * self._factor
-
-    def __exit__(self, *_: object) -> None:
-        for group, lr in zip(self._groups, self._kept, strict=False):
-            group["lr"] = lr
-
-
-def _norms(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(0)
-    norms = torch._foreach_norm(grads)  # noqa: SLF001 -- as torch.nn.utils.clip_grad_norm_ does
-    return torch.stack(norms).float()
 
 
 def named_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ars_kit.measure import Meter
-
 if TYPE_CHECKING:
+    from ars_kit.measure import Meter
     from ars_kit.plan import RunPlan
 
 HEADINGS = ("member", "parent", "step", "loss", "held-out", "damping", "tokens/s", "left", "cost $")

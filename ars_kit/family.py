@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ars_kit.damping import load_named_state
 from ars_kit.data import Corpus
-from ars_kit.errors import ConfigError, DivergedError, PluginError
+from ars_kit.errors import DivergedError, PluginError
 from ars_kit.host import Host
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.measure import convergence_step, final_loss
@@ -33,6 +33,7 @@ from ars_kit.models import (
     weights_of,
 )
 from ars_kit.optim import build_optimizer
+from ars_kit.outcome import read_metrics
 from ars_kit.report import model_card
 from ars_kit.spec import Birth, Evaluand, InheritanceStrategy, Parent, Seed
 from ars_kit.store import RunFolder, read_history
@@ -272,27 +273,6 @@ def evaluand_of(
         bytes_per_token=corpus.heldout_bytes_per_token,
         batch_size=batch_size,
     )
-
-
-def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:
-    """Return a committed member's metrics."""
-    metrics: dict[str, Any] = json.loads((folder.path / name / "metrics.json").read_text())
-    return metrics
-
-
-def best_of(metrics: Iterable[Mapping[str, Any]], metric: str = "heldout_loss") -> str:
-    """Return the member with the lowest ``metric``; the earlier of two equals.
-
-    Raises:
-        ConfigError: no member has it.
-    """
-    scored = [(m[metric], m["model_id"]) for m in metrics if isinstance(m.get(metric), int | float)]
-    if not scored:
-        raise ConfigError(
-            f"no member has a figure named {metric!r}; see metrics.json for those it has"
-        )
-    lowest = min(score for score, _ in scored)
-    return next(str(name) for score, name in scored if score == lowest)
 
 
 def _probe(family: Family) -> torch.Tensor:

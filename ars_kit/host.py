@@ -6,8 +6,11 @@ named; the rest go on working. There is no global registry: whoever needs plugin
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -30,6 +33,9 @@ SINGULAR: Mapping[Kind, str] = {
     "evaluators": "evaluator",
     "data_sources": "data source",
 }
+
+LOAD_LIMIT = 30.0
+"""Seconds a plugin may take to be imported and to name its offers."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
@@ -86,11 +92,12 @@ class Host:
                 continue
             plugin = _plugin(entry)
             try:
-                module = entry.load()
+                with _at_most(LOAD_LIMIT):
+                    host.register(entry.load(), plugin)
+            except _TooLongError:
+                host.quarantined[plugin] = f"was not loaded after {LOAD_LIMIT:g} seconds"
             except (Exception, SystemExit) as error:  # noqa: BLE001 -- a stranger's import
                 host.quarantined[plugin] = f"failed to load: {error!r}"
-                continue
-            host.register(module, plugin)
         return host
 
     def register(self, module: object, plugin: Plugin) -> None:
@@ -188,6 +195,29 @@ class Host:
                 f"{SINGULAR[kind]} {choice.name!r} of plugin {listing.plugin} "
                 f"could not be made: {error!r}"
             ) from error
+
+
+class _TooLongError(BaseException):
+    """Not an Exception, so that a plugin that catches those does not go on hanging."""
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, where the system has an alarm clock and this thread hears it."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _plugin(entry: EntryPoint) -> Plugin:

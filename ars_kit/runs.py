@@ -13,23 +13,21 @@ from ars_kit.errors import ConfigError
 from ars_kit.family import (
     Family,
     FamilyWatcher,
-    best_of,
     evaluand_of,
     make_accelerator,
-    read_metrics,
     run_family,
 )
 from ars_kit.host import Host
 from ars_kit.models import load_member
+from ars_kit.outcome import FROZEN, best_of, record_best
 from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
 from ars_kit.report import report
-from ars_kit.settings import Settings, differences, parse_members, resolve, to_toml
+from ars_kit.settings import Settings, differences, resolve, to_toml
 from ars_kit.spool import Progress
-from ars_kit.store import BEST, RunFolder, locate, read_history
+from ars_kit.store import RunFolder, locate
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.train import Stop
 
-FROZEN = "run.toml"
 DATA_RECORD = "data.json"
 
 
@@ -95,18 +93,6 @@ def open_corpus(
     )
 
 
-def frozen_settings(out: Path) -> Settings:
-    """Return the settings a folder's run was started with.
-
-    Raises:
-        ConfigError: there is no run.
-    """
-    path = out / FROZEN
-    if not path.exists():
-        raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
-    return resolve({}, {}, path)
-
-
 def evaluate(
     names: list[str], host: Host, out: Path, cache: Path, overrides: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -147,53 +133,6 @@ def evaluate(
             figures |= host.make("evaluators", choice)(evaluand)
         found.append(figures)
     return found
-
-
-def select(out: Path, metric: str) -> dict[str, Any]:
-    """Choose the committed member with the lowest ``metric`` and record it as ``best``.
-
-    Raises:
-        ConfigError: there is no run, or no member has such a figure.
-    """
-    folder = RunFolder(out)
-    names = folder.members()
-    if not names:
-        raise ConfigError(f"no member is committed in {out} yet")
-    metrics = [read_metrics(folder, name) for name in names]
-    best = best_of(metrics, metric)
-    return record_best(folder, best, metric)
-
-
-def record_best(folder: RunFolder, best: str, metric: str) -> dict[str, Any]:
-    """Write ``best.json``: the member, and the rule by which it was chosen."""
-    value = read_metrics(folder, best)[metric]
-    record = {"member": best, "metric": metric, "value": value, "rule": f"lowest {metric}"}
-    folder.write_text(BEST, json.dumps(record, indent=2) + "\n")
-    return record
-
-
-def status(out: Path) -> list[dict[str, Any]]:
-    """Return each planned member's state, from the folder alone."""
-    settings = frozen_settings(out)
-    folder = RunFolder(out)
-    rows = []
-    for depth in parse_members(settings.family.members):
-        name = f"d{depth}"
-        if folder.has(name):
-            rows.append({"state": "done", **read_metrics(folder, name)})
-            continue
-        path = folder.history_path(name)
-        history = read_history(path) if path.exists() else []
-        last = history[-1] if history else {}
-        rows.append(
-            {
-                "model_id": name,
-                "state": "training" if history else "waiting",
-                "steps": len(history),
-                "last_loss": last.get("loss"),
-            }
-        )
-    return rows
 
 
 def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:

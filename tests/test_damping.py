@@ -273,24 +273,8 @@ def test_surprise_never_answers_nan() -> None:
     assert all(0 <= float(f.gradient) <= 1 and 0 <= float(f.step) <= 1 for f in found)
 
 
-def test_entropy_guard_tells_periods_from_descent() -> None:
-    gate, source = EntropyGuard(), torch.Generator().manual_seed(1)
-    n, t = 2000, torch.arange(64.0)
-    noise = torch.randn(n, 64, generator=source)
-    best = torch.full((), torch.inf)
-
-    def share(losses: torch.Tensor) -> float:
-        return float(gate.detect(losses, best)[0].float().mean())
-
-    for period in (2, 3, 5, 8):
-        wave = torch.cos(2 * torch.pi * (t / period + torch.rand(n, 1, generator=source)))
-        assert share(5 + 2 * wave + 0.5 * noise) > 0.85
-    assert share(5 + noise) < 0.01
-    assert share(5 * torch.exp(-t / 100) + 0.05 * noise) < 0.01
-
-
 def test_entropy_guard_damps_oscillation_and_recovers() -> None:
     found = ask(EntropyGuard(), [1.0, 2.0] * 100 + [1.5 - 0.01 * i for i in range(400)])
-    factors = [float(f.step) for f in found]
+    factors = [float(f) for f in found]
     assert min(factors) == pytest.approx(0.1)
     assert factors[-1] > 0.9

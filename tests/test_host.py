@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +58,38 @@ def test_a_bad_plugin_is_put_aside_and_named(answer: Any, hook: str, message: st
     assert "arskit-stranger 0.3" in line
     assert line.endswith("ARSKIT_WITHOUT=stranger")
     assert host.listing("gates", "guard")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import nothing_of_this_name", "failed to load: ModuleNotFoundError"),
+        ("def broken(:", "failed to load: SyntaxError"),
+        ("import sys; sys.exit(3)", "failed to load: SystemExit(3)"),
+        ("ARSKIT_API = 99", "is written for plugin API 99"),
+        (
+            "import time\ntry:\n    time.sleep(60)\nexcept Exception:\n    pass",
+            "was not loaded after 0.5 seconds",
+        ),
+    ],
+)
+def test_an_installed_plugin_that_breaks_leaves_the_rest(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "arskit_broken.py").write_text(source)
+    info = tmp_path / "arskit_broken-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: arskit-broken\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[ars_kit]\nbroken = arskit_broken\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "arskit_broken", raising=False)
+    monkeypatch.setattr("ars_kit.host.LOAD_LIMIT", 0.5)
+    host = Host.installed()
+    (line,) = host.complaints()
+    assert line.startswith("plugin 'broken' (arskit-broken 0.3) ")
+    assert message in line
+    assert host.make("gates", Choice("clip", {}))
+    assert not Host.installed(without=["broken"]).quarantined
 
 
 def test_a_newer_interface_is_refused() -> None:

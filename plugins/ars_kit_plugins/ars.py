@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,8 @@ class ARS(DampedOptimizer):
 
     Args:
         base: any torch optimizer instance.
-        reduce: means a 0-d loss over all ranks, so that all damp alike.
+        reduce: means a 0-d loss over all ranks, so that all damp alike; by default over the
+            default process group, where there is one.
         settings: as :func:`ars_kit_plugins.wrappers.ars_gates` takes them.
     """
 
@@ -28,4 +30,13 @@ class ARS(DampedOptimizer):
         reduce: Callable[[Tensor], Tensor] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(base, ars_gates(**settings), reduce=reduce)
+        super().__init__(base, ars_gates(**settings), reduce=reduce or mean_over_ranks)
+
+
+def mean_over_ranks(loss: Tensor) -> Tensor:
+    """Return the mean of a 0-d loss over the default process group, if there is one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return loss
+    mean = loss / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean

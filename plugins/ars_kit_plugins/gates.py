@@ -29,7 +29,7 @@ def entropy(*, threshold: float = 0.5, floor: float = 0.1) -> DampingGate:
     """Shrink the step size while the loss oscillates without progress (Entropy Guard).
 
     Args:
-        threshold: of the period test: alpha = 1e-3 at 0.5, ten times more per 0.1 less.
+        threshold: of the period test: alpha = 2e-3 at 0.5, ten times more per 0.25 less.
         floor: least step factor.
     """
     from ars_kit_plugins.gating import EntropyGuard  # noqa: PLC0415 -- torch is slow to import

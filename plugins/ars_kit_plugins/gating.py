@@ -7,15 +7,15 @@ a normal standard deviation.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ars_kit.spec import Damping, StepSignal
-
-MAD_TO_SIGMA = 1.4826
+from ars_kit_plugins.periodicity import MAD_TO_SIGMA, WINDOW, PeriodTest
 
 
 class TensorState:
@@ -25,7 +25,7 @@ class TensorState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the remembered tensors."""
-        found = {name: getattr(self, name) for name in self.remembers}
+        found = {name: getattr(self, name, None) for name in self.remembers}
         return {k: None if v is None else v.clone() for k, v in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -54,8 +54,14 @@ class ClipGate(TensorState):
 
     def __call__(self, signal: StepSignal) -> Tensor:
         """Return min(1, limit / norm)."""
-        norm: Tensor = torch.linalg.vector_norm(signal.norms())
-        return (self.limit / (norm + 1e-6)).clamp(max=1.0)
+        self.norm: Tensor = torch.linalg.vector_norm(signal.norms())
+        # A norm that is not a number is the guard's affair.
+        factor: Tensor = (self.limit / (self.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0)
+        return factor
+
+    def explain(self) -> dict[str, Tensor]:
+        """Return the global norm of the undamped gradient."""
+        return {"norm": self.norm}
 
 
 class SurpriseGate(TensorState):
@@ -67,8 +73,6 @@ class SurpriseGate(TensorState):
     undone best; from the second surprise in a row on it multiplies the step size too, since
     adaptive optimizers divide a lasting gradient factor out again. After ``patience`` surprises
     in a row the shift is taken for real and let through until z falls below the limit.
-
-    ``reading`` is z.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("window", "run")
@@ -83,7 +87,7 @@ class SurpriseGate(TensorState):
         self.patience = patience
         self.window: Tensor | None = None
         self.run: Tensor | None = None
-        self.reading = torch.zeros(())
+        self.z: Tensor = torch.zeros(())
 
     def __call__(self, signal: StepSignal) -> Damping:
         """Return Φ for the gradient and, from the second surprise in a row on, the step."""
@@ -104,8 +108,12 @@ class SurpriseGate(TensorState):
         acting = surprised & (self.run <= self.patience)
         phi = torch.where(acting, (self.limit / z.clamp(min=self.limit)) ** self.power, 1.0)
         self.window = _remember(self.window, loss, signal.skip)
-        self.reading = z
+        self.z = z
         return Damping(gradient=phi, step=torch.where(self.run > 1, phi, 1.0))
+
+    def explain(self) -> dict[str, Tensor]:
+        """Return the robust standard score z of this step's loss."""
+        return {"z": self.z}
 
 
 class NormMemory(TensorState):
@@ -140,80 +148,100 @@ class NormMemory(TensorState):
         return Damping(gradient=factor)
 
 
+class Judgement(NamedTuple):
+    """What the Entropy Guard thinks of windows of losses; every field of their batch's shape.
+
+    Attributes:
+        oscillates: periodic without progress.
+        rises: well above the best so far and on the way up.
+        middle: median of the later half.
+        evidence: for a period; above 1 it is significant.
+        period: the likeliest, in steps.
+    """
+
+    oscillates: Tensor
+    rises: Tensor
+    middle: Tensor
+    evidence: Tensor
+    period: Tensor
+
+
 class EntropyGuard(TensorState):
     """Ψ: shrink the step size while the loss oscillates, or rises, without progress.
 
-    Every 8 steps over the last 64 accepted losses: remove a quadratic trend, whiten by AR(1),
-    winsorise at 3 MAD, and test the periodogram's bins of period 16 and less by Fisher's g =
-    max P / sum P (Fisher 1929): significant at alpha where g > 1 - (alpha / 29)^(1 / 28). It
-    counts only without progress, that is where the median of the later half is not half a sigma
-    (of the detrended losses) below that of the earlier half. A later half standing 3 sigma above
-    the best so far and still rising counts as well.
+    Judged every 8 steps over the last 64 accepted losses. The loss oscillates where a period of 2
+    to 16 steps is significant at alpha (:mod:`ars_kit_plugins.periodicity`) and there is no
+    progress: the mean of the later half is not half a sigma (of the detrended losses) below that of
+    the earlier half. So data read in an unshuffled cycle, whose loss is periodic by itself, is left
+    alone while it is learned. The loss rises where, three times in a row, the median of the later
+    half stands 3 sigma above the best so far, a sigma and three standard errors above the earlier
+    half, and its last quarter above the one before: a step to another level does not.
 
     On: Ψ <- max(floor, 0.7 Ψ); off: Ψ <- min(1, 1.02^8 Ψ).
 
-    ``threshold`` maps to alpha = 1e-3 * 10^((0.5 - threshold) / 0.1). ``reading`` is Ψ.
+    ``threshold`` maps to alpha = 2e-3 * 10^((0.5 - threshold) / 0.25).
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ("window", "psi", "best")
-    WINDOW = 64
+    remembers: ClassVar[tuple[str, ...]] = ("window", "psi", "best", "rises", "evidence", "period")
+    acts_on = "step"
     EVERY = 8
-    FIRST_BIN = 4
+    RISES = 3
+    psi: Tensor
+    best: Tensor
+    rises: Tensor
+    evidence: Tensor
+    period: Tensor
 
     def __init__(self, *, threshold: float = 0.5, floor: float = 0.1) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must lie in [0, 1], not {floor}")
-        bins = self.WINDOW // 2 - self.FIRST_BIN + 1
-        alpha = min(1.0, 1e-3 * 10 ** ((0.5 - threshold) / 0.1))
-        self.critical = 1 - (alpha / bins) ** (1 / (bins - 1))
+        self.test = PeriodTest(min(1.0, 2e-3 * 10 ** ((0.5 - threshold) / 0.25)))
         self.floor = floor
         self.window: Tensor | None = None
-        self.psi: Tensor | None = None
-        self.best: Tensor | None = None
-        self.reading = torch.ones(())
 
-    def __call__(self, signal: StepSignal) -> Damping:
+    def __call__(self, signal: StepSignal) -> Tensor:
         """Return Ψ for the step size."""
         loss = signal.loss
-        if self.window is None or self.psi is None or self.best is None:
-            self.window = torch.full((self.WINDOW,), torch.nan, device=loss.device)
+        if self.window is None:
+            self.window = torch.full((WINDOW,), torch.nan, device=loss.device)
             self.psi = torch.ones((), device=loss.device)
             self.best = torch.full((), torch.inf, device=loss.device)
+            self.rises = torch.zeros((), device=loss.device)
+            self.evidence = self.period = torch.full((), torch.nan, device=loss.device)
         self.window = _remember(self.window, loss, signal.skip)
         if signal.step % self.EVERY == self.EVERY - 1:
             full = self.window.isfinite().all()
-            alarm, middle = self.detect(self.window, self.best)
+            found = self.detect(self.window, self.best)
+            self.rises = torch.where(full & found.rises, self.rises + 1, torch.zeros_like(loss))
+            alarm = found.oscillates | (self.rises >= self.RISES)
             damped = torch.where(
                 alarm, (0.7 * self.psi).clamp(min=self.floor), (self.psi * 1.02**8).clamp(max=1.0)
             )
             self.psi = torch.where(full, damped, self.psi)
-            self.best = torch.where(full, torch.minimum(self.best, middle), self.best)
-        self.reading = self.psi
-        return Damping(step=self.psi)
+            self.best = torch.where(full, torch.minimum(self.best, found.middle), self.best)
+            self.evidence, self.period = found.evidence, found.period
+        return self.psi
 
-    def detect(self, losses: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge windows of losses, shape (..., 64).
+    def explain(self) -> dict[str, Tensor]:
+        """Return evidence for a period (above 1: significant), the period, rises in a row."""
+        return {"evidence": self.evidence, "period": self.period, "rises": self.rises}
 
-        Returns:
-            Whether each is in trouble, and the median of its later half; shape (...).
-        """
-        rest = losses - losses @ _trend(self.WINDOW, losses.device)
-        energy = rest.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        # Only redness is whitened away: a negative phi is what a period of two looks like.
-        phi = ((rest[..., 1:] * rest[..., :-1]).sum(-1, keepdim=True) / energy).clamp(0.0, 0.99)
-        first = rest[..., :1] * (1 - phi.square()).sqrt()
-        white = torch.cat([first, rest[..., 1:] - phi * rest[..., :-1]], -1)
-        bound = 3 * MAD_TO_SIGMA * white.abs().median(-1, keepdim=True).values
-        white = white.clamp(-bound, bound)
-        power = torch.fft.rfft(white).abs().square()[..., self.FIRST_BIN :]
-        fisher = power.amax(-1) / power.sum(-1).clamp(min=1e-30)
-        half = self.WINDOW // 2
-        before = losses[..., :half].median(-1).values
-        middle = losses[..., half:].median(-1).values
-        sigma = MAD_TO_SIGMA * rest.abs().median(-1).values
-        stuck = before - middle < 0.5 * sigma
-        risen = (middle > best + 3 * sigma) & (middle > before + sigma)
-        return (stuck & (fisher > self.critical)) | risen, middle
+    def detect(self, losses: Tensor, best: Tensor) -> Judgement:
+        """Judge windows of losses, shape (..., 64), given the best median so far, shape (...)."""
+        found = self.test(losses)
+        quarters = found.tame.unflatten(-1, (4, WINDOW // 4)).mean(-1)
+        fallen = (quarters[..., :2] - quarters[..., 2:]).mean(-1)
+        middle = losses[..., WINDOW // 2 :].median(-1).values
+        gain = middle - losses[..., : WINDOW // 2].median(-1).values
+        return Judgement(
+            oscillates=(found.evidence > 1) & (fallen < 0.5 * found.sigma),
+            rises=(middle > best + 3 * found.sigma)
+            & (gain > torch.maximum(found.sigma, 3 * found.error))
+            & (quarters[..., 3] - quarters[..., 2] > 0.25 * found.sigma),
+            middle=middle,
+            evidence=found.evidence,
+            period=found.period,
+        )
 
 
 class ChronosJitter(TensorState):
@@ -232,8 +260,8 @@ class ChronosJitter(TensorState):
 
     def __call__(self, signal: StepSignal) -> Damping:
         """Return the noise factor for the step size."""
-        source = torch.Generator().manual_seed(self.seed * 1_000_003 + signal.step)
-        draw = torch.randn((), generator=source).item()  # a CPU number: no device waits
+        source = random.Random(self.seed * 1_000_003 + signal.step)  # noqa: S311 -- no secret
+        draw = source.gauss(0.0, 1.0)  # a number of the host: no device waits
         factor = math.exp(self.scale * draw - self.scale**2 / 2)
         return Damping(step=torch.where(signal.step_damping < 1, factor, 1.0))
 
@@ -242,16 +270,3 @@ def _remember(window: Tensor, value: Tensor, skip: Tensor) -> Tensor:
     """Shift ``value`` into the window unless the step is skipped or the value not finite."""
     shifted = torch.cat([window[1:], value[None]])
     return torch.where(skip | ~value.isfinite(), window, shifted)
-
-
-_TRENDS: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _trend(n: int, device: torch.device) -> Tensor:
-    """Return the projection onto quadratics, (n, n); symmetric, so it applies from either side."""
-    key = n, device
-    if key not in _TRENDS:
-        t = torch.linspace(-1, 1, n, dtype=torch.float64)
-        basis, _ = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t * t], 1))
-        _TRENDS[key] = (basis @ basis.T).float().to(device)
-    return _TRENDS[key]

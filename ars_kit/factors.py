@@ -1,0 +1,134 @@
+"""The factors of one optimizer step: multiplied up over the gates, checked, applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars_kit.errors import PluginError
+from ars_kit.spec import Damping, DampingGate
+
+
+class Once:
+    """Calls a function the first time and remembers the answer."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Return the answer."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+
+class Factors:
+    """The factors of one step, multiplied up over the gates.
+
+    Attributes:
+        gradient: product of the 0-d gradient factors.
+        step: product of the step factors.
+        skip: whether any gate asked to skip; 0-d bool.
+        vector: product of the factors by tensor, (n_tensors,), or None.
+        factors: each gate's own factor, 0-d: the mean where it has one a tensor, 0 where it skips.
+        broken: 1 for each gate whose factor was outside [0, 1], else 0; 0-d.
+        explained: what gates say of themselves, 0-d, by ``GATE_NAME``.
+    """
+
+    def __init__(self, one: Tensor) -> None:
+        self.gradient, self.step = one, one
+        self.skip = torch.zeros_like(one, dtype=torch.bool)
+        self.vector: Tensor | None = None
+        self.steps_damped = False
+        self.factors: list[Tensor] = []
+        self.broken: list[Tensor] = []
+        self.explained: dict[str, Tensor] = {}
+
+    def add(self, name: str, gate: DampingGate, damping: Damping) -> None:
+        """Multiply one gate's answer in.
+
+        Raises:
+            PluginError: a factor has the wrong shape.
+        """
+        one = torch.ones_like(self.gradient)
+        factor, broken = one, torch.zeros_like(one)
+        if damping.skip is not None:
+            self.skip = self.skip | damping.skip
+            factor = torch.where(damping.skip, 0.0, factor)
+        for value, part in ((damping.gradient, "gradient"), (damping.step, "step")):
+            if value is None:
+                continue
+            if value.ndim == 1 and part == "gradient":
+                self.vector = value if self.vector is None else self.vector * value
+                factor = factor * value.mean()
+                continue
+            if value.ndim:
+                raise PluginError(
+                    f"damping gate {name!r} returned a {part} factor of shape "
+                    f"{tuple(value.shape)}; it must be 0-d"
+                )
+            value = value.to(one)  # noqa: PLW2901
+            if getattr(gate, "bounded", True):
+                # Of a step that is skipped anyway nothing is asked: its loss may be NaN.
+                outside = ~((value >= 0) & (value <= 1)) & ~self.skip
+                broken = broken + outside.float()
+            factor = factor * value
+            if part == "gradient":
+                self.gradient = self.gradient * value
+            else:
+                self.step = self.step * value
+                self.steps_damped = True
+        self.factors.append(factor)
+        self.broken.append(broken)
+
+    def explain(self, name: str, gate: DampingGate) -> None:
+        """Note what the gate says of this step, if it says anything."""
+        explain = getattr(gate, "explain", None)
+        if explain is None:
+            return
+        for key, value in explain().items():
+            self.explained[f"{name}_{key}"] = value.to(self.gradient)
+
+    def read(self) -> tuple[bool, float, float]:
+        """Bring skip and the two factors to the host, at once."""
+        skip, gradient, step = torch.stack([self.skip.float(), self.gradient, self.step]).tolist()
+        return bool(skip), gradient, step
+
+
+class Rates:
+    """Multiplies every group's learning rate for the length of one step."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], factor: float | Tensor | None) -> None:
+        self._groups, self._factor = list(groups), factor
+        self._kept: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self._factor is not None:
+            self._kept = [g["lr"] for g in self._groups]
+            for group in self._groups:
+                group["lr"] = group["lr"] * self._factor
+
+    def __exit__(self, *_: object) -> None:
+        for group, lr in zip(self._groups, self._kept, strict=False):
+            group["lr"] = lr
+
+
+def norms_of(grads: list[Tensor]) -> Tensor:
+    """Return each gradient's norm, (n_tensors,), float32; of a sharded one over all its shards."""
+    if not grads:
+        return torch.zeros(0)
+    norms = torch._foreach_norm(grads)  # noqa: SLF001 -- as torch.nn.utils.clip_grad_norm_ does
+    together = torch.stack(norms)
+    if hasattr(together, "full_tensor"):
+        together = together.full_tensor()  # one reduction for all of them
+    return together.float()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's own memory of a tensor."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard

@@ -1,0 +1,94 @@
+"""What a run's folder says: how far it is, each member's metrics, the best. Light to import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ars_kit.errors import ConfigError
+from ars_kit.settings import Settings, parse_members, resolve
+from ars_kit.store import BEST, RunFolder, read_history
+
+FROZEN = "run.toml"
+
+
+def frozen_settings(out: Path) -> Settings:
+    """Return the settings a folder's run was started with.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = out / FROZEN
+    if not path.exists():
+        raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
+    return resolve({}, {}, path)
+
+
+def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:
+    """Return a committed member's metrics."""
+    metrics: dict[str, Any] = json.loads((folder.path / name / "metrics.json").read_text())
+    return metrics
+
+
+def best_of(metrics: Iterable[Mapping[str, Any]], metric: str = "heldout_loss") -> str:
+    """Return the member with the lowest ``metric``; the earlier of two equals.
+
+    Raises:
+        ConfigError: no member has it.
+    """
+    scored = [(m[metric], m["model_id"]) for m in metrics if isinstance(m.get(metric), int | float)]
+    if not scored:
+        raise ConfigError(
+            f"no member has a figure named {metric!r}; see metrics.json for those it has"
+        )
+    lowest = min(score for score, _ in scored)
+    return next(str(name) for score, name in scored if score == lowest)
+
+
+def select(out: Path, metric: str) -> dict[str, Any]:
+    """Choose the committed member with the lowest ``metric`` and record it as ``best``.
+
+    Raises:
+        ConfigError: there is no run, or no member has such a figure.
+    """
+    folder = RunFolder(out)
+    names = folder.members()
+    if not names:
+        raise ConfigError(f"no member is committed in {out} yet")
+    metrics = [read_metrics(folder, name) for name in names]
+    best = best_of(metrics, metric)
+    return record_best(folder, best, metric)
+
+
+def record_best(folder: RunFolder, best: str, metric: str) -> dict[str, Any]:
+    """Write ``best.json``: the member, and the rule by which it was chosen."""
+    value = read_metrics(folder, best)[metric]
+    record = {"member": best, "metric": metric, "value": value, "rule": f"lowest {metric}"}
+    folder.write_text(BEST, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def status(out: Path) -> list[dict[str, Any]]:
+    """Return each planned member's state, from the folder alone."""
+    settings = frozen_settings(out)
+    folder = RunFolder(out)
+    rows = []
+    for depth in parse_members(settings.family.members):
+        name = f"d{depth}"
+        if folder.has(name):
+            rows.append({"state": "done", **read_metrics(folder, name)})
+            continue
+        path = folder.history_path(name)
+        history = read_history(path) if path.exists() else []
+        last = history[-1] if history else {}
+        rows.append(
+            {
+                "model_id": name,
+                "state": "training" if history else "waiting",
+                "steps": len(history),
+                "last_loss": last.get("loss"),
+            }
+        )
+    return rows

@@ -1,0 +1,317 @@
+"""Conformance kits for plugin authors: does it keep the promises that the training loop relies on?
+
+.. code-block:: python
+
+    def test_my_gate() -> None:
+        check_gate(lambda: MyGate(limit=0.5))
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ars_kit.errors import ArsKitError
+from ars_kit.spec import Damping, DampingGate, StepSignal
+from ars_kit.state import pack, unpack
+
+TENSORS = 3
+BLOCK = 1000
+SMALL = 4096
+"""Numbers of state below which a gate may still be filling its windows."""
+WAITS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"})
+"""Operators whose result the host must wait for: ``item()``, ``float()``, ``if tensor:``, masks."""
+
+
+class ConformanceError(ArsKitError, AssertionError):
+    """A plugin breaks a rule; the message names the rule, the step and the value."""
+
+
+def check_gate(
+    make: Callable[[], DampingGate],
+    *,
+    steps: int = 10_000,
+    seed: int = 0,
+    thorough: bool = False,
+) -> None:
+    """Check that a damping gate keeps every rule of :class:`ars_kit.spec.DampingGate`.
+
+    The gate sees drawn sequences of losses: calm, falling, periodic, constant, zero, huge, with
+    steps, spikes, NaN and infinities, fresh every thousand steps or so and some of them skipped.
+
+    Args:
+        make: returns a new gate; called several times.
+        steps: losses in total.
+        seed: of the sequences.
+        thorough: a million losses instead; minutes, depending on the gate.
+
+    Raises:
+        ConformanceError: the first rule broken: declares where it acts, 0-d factors in [0, 1],
+            bounded state, exact resume (also through the checkpoint format and
+            ``torch.load(weights_only=True)``), determinism, no synchronisation on CUDA.
+    """
+    steps = 1_000_000 if thorough else steps
+    _check_declaration(make())
+    _check_answers(make(), steps, seed)
+    _check_resume(make, seed)
+    _check_determinism(make, seed)
+    _check_no_wait(make(), seed)
+    if torch.cuda.is_available():
+        _check_no_sync(make(), seed)
+
+
+def loss_sequences(steps: int, seed: int, *, device: str = "cpu") -> Iterator[StepSignal]:
+    """Yield ``steps`` signals as hostile as training gets, a pure function of the seed."""
+    rng = torch.Generator().manual_seed(seed)
+    one = torch.ones((), device=device)
+    for first in range(0, steps, BLOCK):
+        count = min(BLOCK, steps - first)
+        losses = _block(first // BLOCK, count, rng)
+        norms = torch.randn(count, TENSORS, generator=rng).exp()
+        norms[torch.rand(count, generator=rng) < 0.01] = 0.0
+        bad = ~losses.isfinite()
+        norms[bad & (torch.rand(count, generator=rng) < 0.5)] = math.nan
+        # As in a run with the guard in front: what is not finite is mostly skipped.
+        skips = (bad & (torch.rand(count, generator=rng) < 0.7)).to(device)
+        drawn = zip(losses.to(device), norms.to(device), skips, strict=True)
+        for i, (loss, row, skip) in enumerate(drawn):
+            yield StepSignal(first + i, loss, 0.1, skip, one, one, one, partial(_same, row))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _block(index: int, n: int, rng: torch.Generator) -> Tensor:
+    """Draw one sequence of ``n`` losses; kinds take turns."""
+    t, noise = torch.arange(n), torch.randn(n, generator=rng)
+    level = torch.rand((), generator=rng) * 10
+    wild = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e38, -1e38, 1e-38])
+    drawn = wild[torch.randint(len(wild), (n,), generator=rng)]
+    kinds = (
+        level + 0.1 * noise,
+        level * torch.exp(-t / 200) + 0.05 * noise,
+        level + torch.cos(2 * torch.pi * t / (2 + index % 7)) + 0.3 * noise,
+        level.expand(n).clone(),
+        torch.zeros(n),
+        level + 5 * (t > n // 2) + 0.1 * noise,
+        torch.where(torch.rand(n, generator=rng) < 0.05, drawn, level + 0.1 * noise),
+        drawn,
+        torch.exp(20 * noise),
+        level + noise.cumsum(0) * 0.1,
+    )
+    return kinds[index % len(kinds)]
+
+
+def _check_declaration(gate: DampingGate) -> None:
+    acts_on = getattr(gate, "acts_on", "gradient")
+    if acts_on not in ("gradient", "step"):
+        raise ConformanceError(f"acts_on must be 'gradient' or 'step', not {acts_on!r}")
+
+
+def _check_answers(gate: DampingGate, steps: int, seed: int) -> None:
+    """Check shapes each step, values once a block."""
+    values: list[Tensor] = []
+    half = (0, 0)
+    for signal in loss_sequences(steps, seed):
+        values.append(_factors(gate(signal), signal))
+        done = signal.step + 1
+        if len(values) == BLOCK or done == steps:
+            _check_values(gate, torch.stack(values), done - len(values))
+            values.clear()
+        if done == steps // 2:
+            half = done, _size(_state(gate, done))
+    size = _size(_state(gate, steps))
+    if size > max(half[1], SMALL):
+        raise ConformanceError(
+            f"memory must not grow with the steps; the state holds {half[1]} numbers after step "
+            f"{half[0]} and {size} after step {steps}"
+        )
+
+
+def _factors(answer: Any, signal: StepSignal) -> Tensor:
+    """Return what was answered as a row of numbers, checking shapes and types.
+
+    The row: gradient factor, step factor, least and largest factor by tensor, loss, skip.
+    """
+    if isinstance(answer, Tensor):
+        answer = Damping(gradient=answer) if not answer.ndim else answer
+    wrong = _wrong_form(answer)
+    if wrong:
+        raise ConformanceError(
+            f"a gate must return a 0-d tensor or a Damping of them; at step {signal.step} "
+            f"(loss {float(signal.loss):g}) {wrong}"
+        )
+    one = signal.damping
+    gradient = least = most = one
+    if answer.gradient is not None and answer.gradient.ndim:
+        # A factor by tensor may exceed 1; it must be neither negative nor infinite all the same.
+        least, most = answer.gradient.aminmax()
+    elif answer.gradient is not None:
+        gradient = answer.gradient
+    step = one if answer.step is None else answer.step
+    asked = signal.skip if answer.skip is None else signal.skip | answer.skip
+    # Each in double precision, so that nothing is rounded into [0, 1].
+    return torch.stack([t.double() for t in (gradient, step, least, most, signal.loss, asked)])
+
+
+def _wrong_form(answer: Any) -> str | None:
+    """Say what is wrong with the form of an answer, if anything."""
+    if isinstance(answer, Tensor):
+        return f"its shape is {tuple(answer.shape)}"
+    if not isinstance(answer, Damping):
+        return f"it returned {type(answer).__name__} {answer!r}"
+    for part, value in (("gradient", answer.gradient), ("step", answer.step)):
+        if value is None:
+            continue
+        if value.ndim and not (part == "gradient" and value.shape == (TENSORS,)):
+            return f"the shape of {part} is {tuple(value.shape)}"
+        if not value.is_floating_point():
+            return f"{part} is {value.dtype}"
+    skip = answer.skip
+    if skip is not None and (skip.ndim or skip.dtype != torch.bool):
+        return f"skip is {skip.dtype} of shape {tuple(skip.shape)}, not a 0-d bool"
+    return None
+
+
+def _check_values(gate: DampingGate, rows: Tensor, first: int) -> None:
+    gradient, step, least, most, losses, skipped = rows.unbind(1)
+    upper = 1.0 if getattr(gate, "bounded", True) else math.inf
+    checks = (
+        ("the gradient factor", gradient, upper),
+        ("the step factor", step, upper),
+        ("a factor by tensor", least, math.inf),
+        ("a factor by tensor", most, math.inf),
+    )
+    for name, value, limit in checks:
+        # Of a step that is left out anyway nothing is asked.
+        bad = ~((value >= 0) & (value <= limit) & value.isfinite()) & (skipped == 0)
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            span = "in [0, 1]" if limit == 1.0 else "finite and not negative"
+            raise ConformanceError(
+                f"{name} must be {span}; at step {first + at} (loss {float(losses[at]):g}) it is "
+                f"{float(value[at]):g}"
+            )
+
+
+def _size(value: Any) -> int:
+    """Count the numbers in a state."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 1
+
+
+def _state(gate: DampingGate, step: int) -> dict[str, Any]:
+    state = gate.state_dict()
+    try:
+        pack(state)
+    except TypeError as error:
+        raise ConformanceError(
+            f"state_dict must hold tensors and plain values; at step {step}: {error}"
+        ) from error
+    return state
+
+
+def _check_resume(make: Callable[[], DampingGate], seed: int) -> None:
+    """Compare a gate restored in mid-course with one that went on, bit for bit."""
+    for pause in (0, 7, 1500):
+        signals = list(loss_sequences(pause + 700, seed + 1))
+        for way, through in (("torch.save", _saved), ("a checkpoint", _packed)):
+            whole, again = make(), make()
+            for signal in signals[:pause]:
+                whole(signal)
+            again.load_state_dict(through(_state(whole, pause), pause))
+            _compare(f"a gate resumed through {way}", whole, again, signals[pause:])
+
+
+def _saved(state: dict[str, Any], step: int) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        return torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ConformanceError(
+            f"state must load with weights_only=True; at step {step}: {error}"
+        ) from error
+
+
+def _packed(state: dict[str, Any], _: int) -> Any:
+    tensors, skeleton = pack(state)
+    return unpack({k: v.clone() for k, v in tensors.items()}, skeleton)
+
+
+def _check_determinism(make: Callable[[], DampingGate], seed: int) -> None:
+    signals = list(loss_sequences(3 * BLOCK, seed + 2))
+    _compare("a second gate shown the same losses", make(), make(), signals)
+
+
+def _compare(what: str, one: DampingGate, two: DampingGate, signals: list[StepSignal]) -> None:
+    answers = [
+        # Asked in turns: gates that draw from one global generator do not agree by chance.
+        (_factors(one(signal), signal), _factors(two(signal), signal))
+        for signal in signals
+    ]
+    a, b = (torch.stack(rows) for rows in zip(*answers, strict=True))
+    differ = ~torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all(1)
+    if differ.any():
+        at = int(differ.nonzero()[0])
+        raise ConformanceError(
+            f"{what} must answer exactly alike; at step {signals[at].step} it answers "
+            f"{_pair(b[at])}, not {_pair(a[at])}"
+        )
+
+
+class _Waits(TorchDispatchMode):
+    """Notes the first operator that would make the host wait for a device."""
+
+    found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in WAITS and self.found is None:
+            self.found = name
+        return func(*args, **(kwargs or {}))
+
+
+def _check_no_wait(gate: DampingGate, seed: int) -> None:
+    """Watch the operators on the CPU, where waiting costs nothing and so raises nothing."""
+    for signal in loss_sequences(200, seed + 3):
+        with _Waits() as watch:  # type: ignore[no-untyped-call]
+            gate(signal)
+        if watch.found:
+            raise ConformanceError(
+                "a gate must not wait for the device (item(), float(), if tensor:); at step "
+                f"{signal.step} it calls {watch.found}"
+            )
+
+
+def _check_no_sync(gate: DampingGate, seed: int) -> None:
+    signals = list(loss_sequences(300, seed + 3, device="cuda"))
+    for signal in signals[:100]:  # the first steps may set tables up
+        gate(signal)
+    before = torch.cuda.get_sync_debug_mode()
+    for signal in signals[100:]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gate(signal)
+        except RuntimeError as error:
+            raise ConformanceError(
+                f"a gate must not wait for the device; at step {signal.step}: {error}"
+            ) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def _pair(row: Tensor) -> str:
+    return f"(gradient {float(row[0]):g}, step {float(row[1]):g}, by tensor {float(row[2]):g})"

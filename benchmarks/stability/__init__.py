@@ -1,0 +1,1 @@
+"""The stability benchmark: the same runs, provoked, under every method of keeping them stable."""

@@ -1,0 +1,143 @@
+"""The conformance kit: every rule it holds is broken once, and the built-in gates keep them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ars_kit.host import Host
+from ars_kit.settings import Choice
+from ars_kit.spec import Damping, StepSignal
+from ars_kit.testing import ConformanceError, check_gate
+from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
+
+BUILT_IN = ("guard", "surprise", "entropy", "norm-memory", "jitter", "clip")
+MAKERS = {name: lambda n=name: Host.installed().make("gates", Choice(n)) for name in BUILT_IN}
+MAKERS |= {"plan-entropy": PlanEntropyGuard, "plan-surprise": PlanSurpriseGate, "paper": PaperGate}
+
+
+class Half:
+    """A gate that keeps every rule; the broken ones differ in one thing."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(())
+
+    def __call__(self, signal: StepSignal) -> Any:
+        self.seen = self.seen + 1
+        return torch.where(self.seen > 100, 0.5, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen.clone()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"].clone()
+
+
+class Uphill(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return torch.where(signal.loss > 1e30, -0.35, super().__call__(signal))
+
+
+class NotANumber(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return Damping(step=signal.loss - signal.loss + 1)
+
+
+class Above(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return super().__call__(signal) * 1.5
+
+
+class OneDimensional(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return torch.ones(1)
+
+
+class PlainNumber(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return 0.5
+
+
+class SkipsByNumber(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return Damping(skip=torch.ones(()))
+
+
+class Reads(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return torch.ones(()) if float(signal.loss) > 1 else super().__call__(signal)
+
+
+class Forgets(Half):
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+class Draws(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return torch.rand(())
+
+
+class Hoards(Half):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+
+    def __call__(self, signal: StepSignal) -> Any:
+        self.losses.append(signal.loss)
+        return super().__call__(signal)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen.clone(), "losses": list(self.losses)}
+
+
+class KeepsObjects(Half):
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen.clone(), "where": {1, 2}}
+
+
+class ActsNowhere(Half):
+    acts_on = "learning rate"
+
+
+def test_a_good_gate_passes() -> None:
+    check_gate(Half)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (Uphill, r"gradient factor must be in \[0, 1\]; at step \d+ \(loss 1e\+38\) it is -0.35"),
+        (NotANumber, r"step factor must be in \[0, 1\]; at step \d+ \(loss \S+\) it is nan"),
+        (Above, r"gradient factor must be in \[0, 1\]; at step 0 \(loss \S+\) it is 1.5"),
+        (OneDimensional, r"0-d tensor .* at step 0 \(loss \S+\) its shape is \(1,\)"),
+        (PlainNumber, r"or a Damping .* at step 0 \(loss \S+\) it returned float 0.5"),
+        (
+            SkipsByNumber,
+            r"at step 0 \(loss \S+\) skip is torch.float32 of shape \(\), not a 0-d bool",
+        ),
+        (Reads, r"must not wait for the device .* at step 0 it calls _local_scalar_dense"),
+        (Forgets, r"resumed through torch.save must answer exactly alike; at step \d+"),
+        (Draws, r"must answer exactly alike; at step 0 it answers \(gradient 0\.\d+"),
+        (Hoards, r"memory must not grow .* \d+ numbers after step 5000 and \d+ after step 10000"),
+        (KeepsObjects, r"state_dict must hold .* at step \d+: /where holds a set"),
+        (ActsNowhere, r"acts_on must be 'gradient' or 'step', not 'learning rate'"),
+    ],
+)
+def test_a_broken_rule_is_named(gate: type[Half], message: str) -> None:
+    with pytest.raises(ConformanceError, match=message):
+        check_gate(gate)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_built_in_gates_keep_the_rules(name: str) -> None:
+    check_gate(MAKERS[name], steps=4000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_built_in_gates_keep_them_over_a_million_losses(name: str) -> None:
+    check_gate(MAKERS[name], thorough=True)
