@@ -105,6 +105,10 @@ class DampingGate(Protocol):
     A call returns a 0-d float32 tensor in [0, 1] (1: undamped) or a :class:`Damping`. It must not
     synchronise with the host (no ``.item()``, ``float()``, ``if tensor:``) and must keep O(1)
     memory. A plain tensor multiplies the gradient unless the class says ``acts_on = "step"``.
+
+    A gate may say why: ``explain() -> Mapping[str, Tensor]``, called after each step's answer,
+    returns 0-d tensors under names that stay the same; they stand beside the gate's factor in
+    ``history.jsonl`` as ``GATE_NAME``. ``ars_kit.testing.check_gate`` holds a gate to all of this.
     """
 
     def __call__(self, signal: StepSignal) -> Tensor | Damping:

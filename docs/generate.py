@@ -51,7 +51,9 @@ def commands(
 ) -> Iterator[tuple[str, click.Context]]:
     """Yield every command's name (``plugins new``) and a context to ask for its help."""
     if context is None:
-        context = click.Context(cli, info_name="arskit", terminal_width=WIDTH)
+        context = click.Context(
+            cli, info_name="arskit", terminal_width=WIDTH, **cli.context_settings
+        )
     if not isinstance(command, click.Group):
         yield context.command_path.removeprefix("arskit "), context
         return

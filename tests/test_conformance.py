@@ -94,7 +94,7 @@ def test_the_command_prints_a_line_a_gate_and_fails_with_4(
     testing: Any = ModuleType("ars_kit.testing")
     testing.check_gate = check
     monkeypatch.setitem(sys.modules, "ars_kit.testing", testing)
-    monkeypatch.setattr("ars_kit.cli._host", lambda: host)
+    monkeypatch.setattr("ars_kit.cli.plugins.make_host", lambda: host)
     done = CliRunner().invoke(cli, ["plugins", "check", "good"])
     assert (done.exit_code, done.output) == (0, "good (Arskit_A 1): ok\n")
     done = CliRunner().invoke(cli, ["plugins", "check", "arskit-a"])

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from ars_kit import errors
-from ars_kit.cli import _settings, cli
+from ars_kit.cli import cli
+from ars_kit.cli.options import settings_from
 from ars_kit.damping import DampedOptimizer
 from ars_kit.host import Host, Plugin
 from ars_kit.optim import check_optimizer
@@ -210,7 +211,7 @@ def test_every_example_parses(example: Example, host: Host, monkeypatch: Any) ->
     context = parsed(example.arguments)
     if "assignments" not in context.params or example.exit_code:
         return
-    settings = _settings({**context.params, "file": None})
+    settings = settings_from({**context.params, "file": None})
     check_optimizer(host, settings.optimizer)
     host.check("strategies", settings.family.strategy)
     for evaluator in settings.run.evaluators:

@@ -1,0 +1,50 @@
+"""The command line: options in, one call, print. The only room that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ars_kit import __version__
+from ars_kit.cli.installation import completion, config, doctor
+from ars_kit.cli.members import evaluate, select, status, verify
+from ars_kit.cli.plugins import plugins
+from ars_kit.cli.training import plan, run
+from ars_kit.errors import ArsKitError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="arskit")
+def cli() -> None:
+    """Train a family of language models, each inheriting its predecessor."""
+
+
+for _command in (completion, config, doctor, evaluate, plan, plugins, run, select, status, verify):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; every handled error is one line and an exit code."""
+    # Their progress bars and advice would drown ours; set before they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        cli.main(prog_name="arskit", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("arskit: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; nothing is left to say to it
+        sys.exit(1)
+    except ArsKitError as error:
+        click.echo(f"arskit: {error}", err=True)
+        sys.exit(error.exit_code)

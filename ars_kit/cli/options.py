@@ -1,0 +1,149 @@
+"""What the commands share: the options that set settings, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ars_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ars_kit.host import Host
+    from ars_kit.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Flag, setting, help. Every other setting is reached by --set section.key=value.
+FLAGS: tuple[tuple[str, str, str], ...] = (
+    ("--members", "family.members", "Members in birth order: d10..d18, or d10,d12."),
+    ("--strategy", "family.strategy", "Inheritance strategy, NAME or NAME:key=value."),
+    (
+        "--base",
+        "family.base",
+        "Pretrained model to start from: a directory or a hub id. It has defaults of its own.",
+    ),
+    ("--depth", "family.depth", "miniseries; with --base same (default) or grow."),
+    ("--data", "data.source", "A path, hf:owner/name, kaggle:owner/name, or a source."),
+    ("--sequence-length", "data.sequence_length", "Tokens of context."),
+    ("--iterations", "train.iterations", "Of the first member and of each later one: 100,50."),
+    ("--tokens", "train.tokens", "Tokens per member; overrides --iterations."),
+    ("--batch-size", "train.batch_size", "Sequences per optimizer step."),
+    ("--accumulation", "train.accumulation", "Micro-batches per optimizer step."),
+    ("--precision", "train.precision", "auto, fp32 or bf16."),
+    ("--device", "train.device", "auto, cpu, cuda or mps."),
+    ("--lr", "train.lr", "Peak learning rate."),
+    ("--schedule", "train.schedule", "wsd, cosine or constant."),
+    ("--optimizer", "optimizer.name", "A wrapper (ars) or a base optimizer (adamw)."),
+    ("--base-optimizer", "optimizer.base", "The optimizer that a wrapper is put around."),
+    ("--seed", "family.seed", "Seed of weights, data order and every draw."),
+    ("--price-per-hour", "run.price_per_hour", "Price of the machine in dollars."),
+)
+MANY: tuple[tuple[str, str, str], ...] = (
+    ("--gate", "optimizer.gates", "Add a damping gate, NAME:key=value. Repeatable."),
+    ("--no-gate", "optimizer.without", "Leave a damping gate out. Repeatable."),
+    ("--eval", "run.evaluators", "Evaluator, NAME:key=value. Repeatable."),
+)
+
+
+class SettingOption(click.Option):
+    """An option for a setting: its help names the default, which only the settings know."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flag and its help, with the embedded default's value."""
+        from ars_kit.settings import Settings
+
+        record = super().get_help_record(ctx)
+        default = Settings().flat()[str(self.name).replace("__", ".")]
+        if record is None or default in (None, ()):
+            return record
+        spelled = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        return record[0], f"{record[1]}  [default: {spelled}]"
+
+
+def run_options(command: F) -> F:
+    """Add every option that sets a setting."""
+    for flag, key, text in reversed(MANY):
+        name = key.replace(".", "__")
+        command = click.option(
+            flag, name, multiple=True, metavar="TEXT", help=text, cls=SettingOption
+        )(command)
+    for flag, key, text in reversed(FLAGS):
+        command = click.option(
+            flag, key.replace(".", "__"), metavar="VALUE", help=text, cls=SettingOption
+        )(command)
+    command = click.option(
+        "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
+    )(command)
+    return click.option(
+        "--config", "file", type=click.Path(path_type=Path), help="Settings file (run.toml)."
+    )(command)
+
+
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("checkpoints"),
+    show_default=True,
+    envvar="ARSKIT_OUT",
+    help="Run folder.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def make_host() -> Host:
+    """Return the installed plugins but those that ``ARSKIT_WITHOUT`` names."""
+    from ars_kit.host import Host
+
+    without = os.environ.get("ARSKIT_WITHOUT", "")
+    return Host.installed(name.strip() for name in without.split(",") if name.strip())
+
+
+def cache_folder() -> Path:
+    """Return where prepared text is kept: ``ARSKIT_CACHE``, or the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ARSKIT_CACHE") or Path(home) / "arskit")
+
+
+def settings_from(options: Mapping[str, Any]) -> Settings:
+    """Resolve the options of :func:`run_options`, the environment and the settings file."""
+    from ars_kit.settings import resolve
+
+    flags: dict[str, Any] = {}
+    for assignment in options["assignments"]:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"cannot read --set {assignment!r}; write --set section.key=value")
+        flags[key.strip()] = value.strip()
+    for name, value in options.items():
+        if "__" in name and value not in (None, ()):
+            flags[name.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
+    return resolve(flags, os.environ, options["file"])
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    # Somebody who reads a pipe wants whole lines, however wide.
+    return Console(stderr=stderr, width=None if stream.isatty() else 200)
+
+
+def figure(value: Any) -> str:
+    """Return a figure as a table shows it; a dash was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def echo_json(value: Any) -> None:
+    """Print a result as JSON."""
+    click.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,119 @@
+"""``arskit run`` and ``arskit plan``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ars_kit.cli.options import (
+    cache_folder,
+    echo_json,
+    json_option,
+    make_console,
+    make_host,
+    out_option,
+    run_options,
+    settings_from,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ars_kit.plan import RunPlan
+
+
+@click.command()
+@run_options
+@out_option
+@click.option("--resume", is_flag=True, help="Go on with the folder's own settings.")
+@click.option("--restart", is_flag=True, help="Throw away the folder's run and start anew.")
+@json_option
+def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
+    """Train the family, or go on where it was stopped."""
+    from ars_kit.display import Display
+    from ars_kit.outcome import frozen_settings
+    from ars_kit.plan import estimate, plan_run
+    from ars_kit.report import markdown_table
+    from ars_kit.runs import execute, open_corpus
+
+    host, console = make_host(), make_console(stderr=True)
+    settings = frozen_settings(out) if resume else settings_from(options)
+    plan = plan_run(settings, host)
+    main_process = os.environ.get("RANK", "0") == "0"
+    display = Display(plan, console)
+    if main_process:
+        # Text that cannot be had is said before anything is timed or trained.
+        open_corpus(settings, host, cache_folder(), display.preparing)
+        display.plan = plan = estimate(plan)
+        _print_plan(plan, console)
+    with display.showing():
+        metrics, best = execute(
+            plan,
+            host,
+            out,
+            cache_folder(),
+            watcher=display,
+            progress=display.preparing if main_process else None,
+            restart=restart,
+        )
+    if not main_process:
+        return
+    if as_json:
+        echo_json({"best": best, "members": metrics})
+        return
+    click.echo(markdown_table(metrics))
+    click.echo(
+        f"\nBest by held-out loss: {best}. Members lie in {out}/, the report is {out}/report.md.\n"
+        f"Next: arskit evaluate {best} --out {out}\n"
+        f"      arskit verify --out {out}"
+    )
+
+
+@click.command()
+@run_options
+@json_option
+def plan(as_json: bool, **options: Any) -> None:
+    """Show what a run would train, its time, memory and cost."""
+    from ars_kit.plan import estimate, plan_run
+
+    made = estimate(plan_run(settings_from(options), make_host()))
+    if as_json:
+        echo_json(made.facts())
+    else:
+        _print_plan(made, make_console())
+
+
+def _print_plan(plan: RunPlan, console: Console) -> None:
+    from ars_kit.display import duration, table
+
+    rows = [
+        [
+            m.name,
+            m.parent or "-",
+            str(m.config.num_hidden_layers),
+            str(m.config.hidden_size),
+            f"{m.parameters:,}",
+            f"{m.steps:,}",
+            f"{m.tokens:,}",
+            f"{m.flops:.2e}",
+            duration(m.seconds),
+        ]
+        for m in plan.members
+    ]
+    headings = ("member", "parent", "layers", "width", "parameters", "steps", "tokens", "FLOPs")
+    console.print(table([*headings, "time (est.)"], rows))
+    train = plan.settings.train
+    fits = "fits" if plan.memory_bytes <= plan.memory_available else "does NOT fit"
+    console.print(
+        f"One iteration is {train.steps_per_iteration} optimizer step(s) of "
+        f"{train.batch_size * plan.settings.data.sequence_length} tokens.\n"
+        f"Estimated: {duration(plan.seconds)} and {plan.cost:.4f} $ at "
+        f"{plan.settings.run.price_per_hour} $ per hour (from {plan.speed_source}); "
+        f"{plan.memory_bytes / 1e9:.2f} GB of memory, {fits} in "
+        f"{plan.memory_available / 1e9:.1f} GB on {plan.device}.",
+        highlight=False,
+        soft_wrap=True,
+    )
