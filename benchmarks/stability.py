@@ -189,7 +189,8 @@ def _as_measured(
 
 def _arguments() -> list[str]:
     """Return the command line, its paths shortened to their names."""
-    return [Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    given = (a for a in sys.argv[1:] if a != "--report-only")
+    return [Path(a).name if "/" in a else a for a in given]
 
 
 def _chosen(what: str, given: str | None, known: list[str], default: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import click
 from ars_kit import __version__
 from ars_kit.cli.installation import completion, config, doctor
 from ars_kit.cli.members import evaluate, select, status, verify
-from ars_kit.cli.plugins import plugins
+from ars_kit.cli.plugins import plugins as plugins_group
 from ars_kit.cli.training import plan, run
 from ars_kit.errors import ArsKitError
 
@@ -21,7 +21,18 @@ def cli() -> None:
     """Train a family of language models, each inheriting its predecessor."""
 
 
-for _command in (completion, config, doctor, evaluate, plan, plugins, run, select, status, verify):
+for _command in (
+    completion,
+    config,
+    doctor,
+    evaluate,
+    plan,
+    plugins_group,
+    run,
+    select,
+    status,
+    verify,
+):
     cli.add_command(_command)
 
 

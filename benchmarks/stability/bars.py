@@ -55,7 +55,7 @@ def _damage_bar(table: Table, peer: str) -> Bar:
         return Bar(claim, mine.mean <= 0, f"{shown(mine)} against {shown(theirs)}")
     met = not mine.dead and mine.mean <= 0.4 * theirs.mean
     ratio = mine.mean / theirs.mean
-    return Bar(claim, met, f"{shown(mine)} against {shown(theirs)}: {ratio:.2f} times")
+    return Bar(claim, met, f"{shown(mine)} against {shown(theirs)}: {ratio:.3f} times")
 
 
 def _nonfinite_bar(table: Table) -> Bar:
@@ -88,10 +88,10 @@ def _best_peer_bar(table: Table, provoked: Sequence[str]) -> Bar:
     claim = "in no provocation worse than the best peer by more than 1 %"
     worse = []
     for p in provoked:
-        peer = table.best(p, list(PEERS))
-        if not table.of(p, "ars") or peer is None:
+        paired = table.shared(*((p, m) for m in (*PEERS, "ars")))
+        peer = paired.best(p, list(PEERS))
+        if not paired.of(p, "ars") or peer is None:
             return Bar(claim, None, "not all measured")
-        paired = table.shared((p, "ars"), (p, peer))
         mine, theirs = paired.score(p, "ars"), paired.score(p, peer).mean
         if mine.dead or mine.mean is None or theirs is None:
             worse.append((float("inf"), f"{p}: dead {mine.dead}/{mine.n}"))

@@ -136,9 +136,10 @@ def _markdown(
     yield "## Scores\n"
     yield (
         "Mean held-out loss over the living runs, nats per byte (oscillation: training loss). "
-        "A dead run, one whose weights or loss ceased to be finite, is counted and not averaged.\n"
+        "A dead run, one whose weights or loss ceased to be finite, is counted and not averaged. "
+        "Means over different seeds are not comparable; the paired differences below are.\n"
     )
-    yield from _grid(provocations, names, lambda p, m: _plain(table.score(p, m)))
+    yield from _grid(provocations, names, lambda p, m: _plain(table.score(p, m), len(facts.seeds)))
     yield f"\n## Paired differences to {REFERENCE}\n"
     yield (
         "Same seed, same initial weights, same batches; mean and 95 % interval "
@@ -205,12 +206,12 @@ def _same(a: Scores, b: Scores) -> bool:
 
 
 def _incomplete(facts: Facts, table: Table) -> Iterable[str]:
-    short: dict[int, list[str]] = {}
-    for (provocation, method), scores in sorted(table.scores.items()):
+    short: dict[int, dict[str, None]] = {}
+    for (_, method), scores in table.scores.items():
         if len(scores) < len(facts.seeds):
-            short.setdefault(len(scores), []).append(f"{method} under {provocation}")
-    for n, places in sorted(short.items()):
-        yield f"- on {n} of {len(facts.seeds)} seeds only: {', '.join(places)}"
+            short.setdefault(len(scores), {})[method] = None
+    for n, methods in sorted(short.items()):
+        yield f"- on {n} of the {len(facts.seeds)} seeds only ([{n}] below): {', '.join(methods)}"
 
 
 def _grid(provocations: Sequence[str], names: Sequence[str], cell: Any) -> Iterable[str]:
@@ -220,8 +221,8 @@ def _grid(provocations: Sequence[str], names: Sequence[str], cell: Any) -> Itera
         yield f"| {m} | " + " | ".join(cell(p, m) for p in provocations) + " |"
 
 
-def _plain(f: Figure) -> str:
+def _plain(f: Figure, seeds: int) -> str:
     dead = f"dead {f.dead}/{f.n}" if f.dead else ""
     if f.mean is None:
         return dead or "-"
-    return f"{f.mean:.4f}" + (f" ({dead})" if dead else "")
+    return f"{f.mean:.4f}" + (f" ({dead})" if dead else "") + (f" [{f.n}]" if f.n < seeds else "")
