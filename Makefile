@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench docs package-check clean
+.PHONY: run test lint kill-test bench detector stability docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -24,6 +24,13 @@ kill-test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+
+detector: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/detector.py
+
+# On the standard library's text; the published figures name theirs with --text.
+stability: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/stability.py --full
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
