@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
-from ars_kit.factors import Factors, Once, Rates, local, norms_of
+from ars_kit.factors import Factors, Once, Rates, alignment_of, local, norms_of
 from ars_kit.spec import Damping, DampingGate, StepSignal
 
 KEPT_ROWS = 4096
@@ -152,9 +152,18 @@ class DampedOptimizer(Optimizer):
         last = one if self._last is None else self._last
         lr = self.param_groups[0]["lr"]
         norms = Once(lambda: norms_of(grads))
+        alignment = Once(lambda: alignment_of(self.base, norms()))
         for name, gate in self.gates.items():
             signal = StepSignal(
-                self._steps, loss, lr, total.skip, total.gradient, total.step, last, norms
+                self._steps,
+                loss,
+                lr,
+                total.skip,
+                total.gradient,
+                total.step,
+                last,
+                norms,
+                alignment,
             )
             total.add(name, gate, self._ask(name, gate, signal))
             try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
 from ars_kit.spec import Damping, DampingGate
+
+MOMENTS = ("exp_avg", "momentum_buffer")
+"""What torch's optimizers call the running mean of the gradients."""
 
 
 class Once:
@@ -122,10 +126,44 @@ def norms_of(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(0)
     norms = torch._foreach_norm(grads)  # noqa: SLF001 -- as torch.nn.utils.clip_grad_norm_ does
-    together = torch.stack(norms)
-    if hasattr(together, "full_tensor"):
-        together = together.full_tensor()  # one reduction for all of them
-    return together.float()
+    return _together(list(norms))
+
+
+def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
+    """Return the cosine between the gradient and the first moment, 0-d; NaN where there is none.
+
+    Args:
+        base: the optimizer, before its step.
+        norms: of the gradients, as :func:`norms_of` returns them.
+    """
+    params = [p for g in base.param_groups for p in g["params"] if p.grad is not None]
+    found = [(p.grad, _moment(base.state.get(p, {}))) for p in params]
+    pairs = [(g, m) for g, m in found if m is not None and m.shape == g.shape]
+    if not pairs:
+        return norms.new_full((), torch.nan)
+    # Tensor by tensor: a product of all of them at once would need the gradients' memory again.
+    dot = _together([_dot(g, m) for g, m in pairs]).sum()
+    moments = torch.linalg.vector_norm(norms_of([m for _, m in pairs]))
+    cosine: Tensor = dot / (torch.linalg.vector_norm(norms) * moments)
+    return cosine
+
+
+def _moment(state: Mapping[str, Any]) -> Tensor | None:
+    return next((state[k] for k in MOMENTS if isinstance(state.get(k), Tensor)), None)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if hasattr(a, "to_local"):
+        return torch.sum(a * b)
+    return torch.dot(a.flatten(), b.to(a.dtype).flatten())
+
+
+def _together(values: list[Tensor]) -> Tensor:
+    """Stack 0-d tensors, those of sharded ones summed over their shards first."""
+    stacked = torch.stack(values)
+    if hasattr(stacked, "full_tensor"):
+        stacked = stacked.full_tensor()  # one reduction for all of them
+    return stacked.float()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -71,6 +71,10 @@ class StepSignal:
         last_damping: 0-d float32; gradient factor times step factor of the step before, or 1.
         norms: call for the gradient norm of each tensor, shape (n_tensors,), float32, unscaled.
             Computed once a step however many gates ask; costs one read of the gradients.
+        alignment: call for the cosine between this step's gradient and the base's first moment, 0-d
+            float32, in [-1, 1]. Negative: the steps so far went past the lowest point in their
+            direction. NaN where the base keeps no first moment. Computed once a step however many
+            gates ask; costs one read of the gradients and two of the moments.
     """
 
     step: int
@@ -81,6 +85,7 @@ class StepSignal:
     step_damping: Tensor
     last_damping: Tensor
     norms: Callable[[], Tensor]
+    alignment: Callable[[], Tensor]
 
 
 class Damping(NamedTuple):

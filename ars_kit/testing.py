@@ -80,9 +80,12 @@ def loss_sequences(steps: int, seed: int, *, device: str = "cpu") -> Iterator[St
         norms[bad & (torch.rand(count, generator=rng) < 0.5)] = math.nan
         # As in a run with the guard in front: what is not finite is mostly skipped.
         skips = (bad & (torch.rand(count, generator=rng) < 0.7)).to(device)
-        drawn = zip(losses.to(device), norms.to(device), skips, strict=True)
-        for i, (loss, row, skip) in enumerate(drawn):
-            yield StepSignal(first + i, loss, 0.1, skip, one, one, one, partial(_same, row))
+        turns = torch.rand(count, generator=rng) * 2 - 1
+        turns = torch.where(losses.isfinite(), turns, torch.nan)
+        drawn = zip(losses.to(device), norms.to(device), turns.to(device), skips, strict=True)
+        for i, (loss, row, turn, skip) in enumerate(drawn):
+            late = partial(_same, row), partial(_same, turn)
+            yield StepSignal(first + i, loss, 0.1, skip, one, one, one, *late)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def alarms(gate: EntropyGuard, losses: Tensor) -> Tensor:
     best = torch.cat([never.expand(len(losses), 1), middle.cummin(1).values[:, :-1]], 1)
     found = gate.detect(windows, best)
     lasting = torch.nn.functional.pad(found.rises, (gate.RISES - 1, 0)).unfold(1, gate.RISES, 1)
-    return found.oscillates | lasting.all(-1)
+    return (found.evidence > 1) & ~found.progress | lasting.all(-1)
 
 
 def share(gate: EntropyGuard, make: Maker, rng: torch.Generator, windows: int) -> float:

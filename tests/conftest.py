@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from ars_kit.spec import StepSignal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -42,6 +45,15 @@ def make_text(documents: int, seed: int = 0) -> list[str]:
         )
         for d in range(documents)
     ]
+
+
+def signal_of(step: int, loss: float, alignment: float = float("nan")) -> StepSignal:
+    """Return what a gate would see of an undamped step."""
+    one, no = torch.ones(()), torch.zeros((), dtype=torch.bool)
+    turn = torch.tensor(alignment)
+    return StepSignal(
+        step, torch.tensor(loss), 0.1, no, one, one, one, lambda: torch.ones(2), lambda: turn
+    )
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import signal_of
 
 from ars_kit.damping import DampedOptimizer, load_named_state, named_state
 from ars_kit.errors import PluginError
+from ars_kit.factors import alignment_of
 from ars_kit.spec import Damping, StepSignal
 from ars_kit_plugins import optimizers
 from ars_kit_plugins.ars import ARS
@@ -242,12 +244,43 @@ def test_a_gate_that_raises_is_named_with_its_step() -> None:
         train(DampedOptimizer(BASES["adamw"](task[0]), {"bad": Raises(0)}), task, 9)
 
 
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_alignment_is_the_cosine_with_the_first_moment(base: str) -> None:
+    seen: list[Any] = []
+
+    class Looks(Factor):
+        def __call__(self, signal: StepSignal) -> Any:
+            seen.append(signal.alignment())
+            return torch.ones(())
+
+    model, x, y = problem()
+    optimizer = DampedOptimizer(BASES[base](model), {"looks": Looks(0)})
+    moment = "exp_avg" if base == "adamw" else "momentum_buffer"
+    wanted = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+        if optimizer.state:
+            first = [optimizer.state[p][moment].flatten() for p in model.parameters()]
+            wanted.append(torch.cosine_similarity(grads, torch.cat(first), dim=0))
+        optimizer.step(loss=loss)
+    assert seen[0].isnan()
+    assert torch.stack(seen[1:]) == pytest.approx(torch.stack(wanted), abs=1e-6)
+
+
+def test_without_a_first_moment_nobody_knows_the_alignment() -> None:
+    model, _, _ = problem()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)
+    bare.step()
+    assert alignment_of(bare, torch.ones(4)).isnan()
+
+
 def ask(gate: Any, losses: list[float]) -> list[Damping]:
-    one, no = torch.ones(()), torch.zeros((), dtype=torch.bool)
-    return [
-        gate(StepSignal(i, torch.tensor(v), 0.1, no, one, one, one, lambda: torch.ones(2)))
-        for i, v in enumerate(losses)
-    ]
+    return [gate(signal_of(i, v)) for i, v in enumerate(losses)]
 
 
 def test_surprise_follows_its_formula() -> None:

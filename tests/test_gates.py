@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, signal_of
 
 from ars_kit.damping import DampedOptimizer
 from ars_kit.errors import PluginError
 from ars_kit.host import Host
 from ars_kit.settings import Choice
-from ars_kit.spec import StepSignal
 from ars_kit_plugins.ars import ARS
-from ars_kit_plugins.gating import EntropyGuard, SurpriseGate
+from ars_kit_plugins.gating import EntropyGuard, SurpriseGate, _looked_at
 from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
 
 
@@ -35,11 +34,7 @@ def detector() -> Any:
 
 
 def ask(gate: Any, losses: list[float]) -> list[float]:
-    one, no = torch.ones(()), torch.zeros((), dtype=torch.bool)
-    return [
-        float(gate(StepSignal(i, torch.tensor(v), 0.1, no, one, one, one, lambda: torch.ones(2))))
-        for i, v in enumerate(losses)
-    ]
+    return [float(gate(signal_of(i, v))) for i, v in enumerate(losses)]
 
 
 # With 1500 windows and a true share of 97 % the standard error is 0.44 %; the bounds below lie at
@@ -208,3 +203,59 @@ def test_an_explanation_that_fails_is_named() -> None:
     weight.grad = torch.ones(3)
     with pytest.raises(PluginError, match="'mute' could not explain step 0: KeyError"):
         optimizer.step(loss=torch.tensor(1.0))
+
+
+def turned(gate: EntropyGuard, losses: list[float], alignment: float) -> list[float]:
+    return [float(gate(signal_of(i, v, alignment))) for i, v in enumerate(losses)]
+
+
+def test_steps_that_overshoot_without_progress_are_damped() -> None:
+    drawn = torch.Generator().manual_seed(8)
+    flat = (2 + 0.1 * torch.randn(200, generator=drawn)).tolist()
+    falling = [v - 0.01 * i for i, v in enumerate(flat)]
+    assert turned(EntropyGuard(), flat, -0.1)[-1] == pytest.approx(0.1)
+    assert min(turned(EntropyGuard(), falling, -0.1)) == 1
+    assert min(turned(EntropyGuard(), flat, 0.1)) == 1
+    assert min(turned(EntropyGuard(), flat, math.nan)) == 1
+
+
+def test_the_step_size_comes_back_once_steps_stop_overshooting() -> None:
+    gate, drawn = EntropyGuard(), torch.Generator().manual_seed(8)
+    flat = (2 + 0.1 * torch.randn(400, generator=drawn)).tolist()
+    low = turned(gate, flat[:200], -0.1)[-1]
+    for i, v in enumerate(flat[200:], start=200):
+        last = float(gate(signal_of(i, v, 0.1)))
+    assert last > 2 * low
+    assert float(gate.overshoot) == 0
+
+
+def test_periodic_data_is_not_met_in_one_phase_alone() -> None:
+    # Gradients that turn at every change of source, as in data that take turns.
+    for period in range(2, 41):
+        seen = [i % period for i in range(64 * period) if _looked_at(i)]
+        assert set(seen) == set(range(period)), period
+
+
+def full_batch(lr: float, gates: dict[str, Any], steps: int) -> float:
+    """Fit a convex problem, the same batch at every step; return the loss it ends at."""
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 16), torch.randint(0, 4, (256,))
+    model = torch.nn.Linear(16, 4)
+    bare = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer, losses = DampedOptimizer(bare, gates), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+@pytest.mark.parametrize("lr", [1.0, 3.0, 10.0])
+def test_full_batch_training_that_oscillates_comes_to_rest(lr: float) -> None:
+    lowest = full_batch(0.05, {}, 1000)
+    without = full_batch(lr, {}, 400) - lowest
+    damped = full_batch(lr, {"entropy": EntropyGuard()}, 400) - lowest
+    assert without > 0.002
+    assert damped < 0.01 * without

@@ -26,7 +26,7 @@ def surprise(*, damping: float = 0.1, limit: float = 4.0, patience: int = 8) -> 
 
 
 def entropy(*, threshold: float = 0.5, floor: float = 0.1) -> DampingGate:
-    """Shrink the step size while the loss oscillates without progress (Entropy Guard).
+    """Shrink the step size while training oscillates without progress (Entropy Guard).
 
     Args:
         threshold: of the period test: alpha = 2e-3 at 0.5, ten times more per 0.25 less.
@@ -79,7 +79,7 @@ def arskit_gates() -> list[Offer[DampingGate]]:
         Offer("guard", "skip steps with a loss or gradient that is not finite", guard),
         Offer("surprise", "damp steps with a surprising loss (Surprise Gate, Φ)", surprise),
         Offer("norm-memory", "give each gradient the norm it has had of late", norm_memory),
-        Offer("entropy", "shrink steps while the loss oscillates (Entropy Guard, Ψ)", entropy),
+        Offer("entropy", "shrink steps while training oscillates (Entropy Guard, Ψ)", entropy),
         Offer("jitter", "noise on damped step sizes (Chronos-Jitter, χ)", jitter),
         Offer("clip", "shrink steps with a large gradient norm", clip),
     ]

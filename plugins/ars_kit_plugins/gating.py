@@ -152,14 +152,14 @@ class Judgement(NamedTuple):
     """What the Entropy Guard thinks of windows of losses; every field of their batch's shape.
 
     Attributes:
-        oscillates: periodic without progress.
+        progress: the losses fell by half their spread.
         rises: well above the best so far and on the way up.
         middle: median of the later half.
         evidence: for a period; above 1 it is significant.
         period: the likeliest, in steps.
     """
 
-    oscillates: Tensor
+    progress: Tensor
     rises: Tensor
     middle: Tensor
     evidence: Tensor
@@ -167,30 +167,46 @@ class Judgement(NamedTuple):
 
 
 class EntropyGuard(TensorState):
-    """Ψ: shrink the step size while the loss oscillates, or rises, without progress.
+    """Ψ: shrink the step size while training oscillates, or the loss rises, without progress.
 
-    Judged every 8 steps over the last 64 accepted losses. The loss oscillates where a period of 2
-    to 16 steps is significant at alpha (:mod:`ars_kit_plugins.periodicity`) and there is no
-    progress: the mean of the later half is not half a sigma (of the detrended losses) below that of
-    the earlier half. So data read in an unshuffled cycle, whose loss is periodic by itself, is left
-    alone while it is learned. The loss rises where, three times in a row, the median of the later
-    half stands 3 sigma above the best so far, a sigma and three standard errors above the earlier
-    half, and its last quarter above the one before: a step to another level does not.
+    Judged every 8 steps over the last 64 accepted losses. It oscillates where either
 
-    On: Ψ <- max(floor, 0.7 Ψ); off: Ψ <- min(1, 1.02^8 Ψ).
+    * the loss has a period of 2 to 16 steps, significant at alpha
+      (:mod:`ars_kit_plugins.periodicity`), or
+    * the steps overshoot: of the last 16 gradients looked at (one step in four, at irregular
+      distances so that periodic data are not met always in one phase) each one points against the
+      optimizer's first moment. Were the signs even, that would happen once in 2^16. A negative
+      product of gradient and step is Pflug's sign of having arrived (1990) and, as a hypergradient,
+      the sign of too large a step (Baydin et al., 1703.04782),
+
+    and there is no progress: the mean of the later half of the losses is not half a sigma (of the
+    detrended losses) below that of the earlier half. So data read in an unshuffled cycle, whose
+    loss is periodic by itself, is left alone while it is learned, and so is training at the edge of
+    stability (Cohen et al., 2103.00065), which overshoots and learns. The loss rises where, three
+    times in a row, the median of the later half stands 3 sigma above the best so far, a sigma and
+    three standard errors above the earlier half, and its last quarter above the one before: a step
+    to another level does not.
+
+    On: Ψ <- max(floor, 0.7 Ψ). Off: Ψ <- min(1, 1.02^8 Ψ), but not while three quarters of the
+    gradients looked at still point against the steps.
 
     ``threshold`` maps to alpha = 2e-3 * 10^((0.5 - threshold) / 0.25).
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ("window", "psi", "best", "rises", "evidence", "period")
+    remembers: ClassVar[tuple[str, ...]] = (
+        "window", "turns", "psi", "best", "rises", "evidence", "period", "overshoot"
+    )  # fmt: skip
     acts_on = "step"
     EVERY = 8
     RISES = 3
+    TURNS = 16
     psi: Tensor
+    turns: Tensor
     best: Tensor
     rises: Tensor
     evidence: Tensor
     period: Tensor
+    overshoot: Tensor
 
     def __init__(self, *, threshold: float = 0.5, floor: float = 0.1) -> None:
         if not 0 <= floor <= 1:
@@ -204,27 +220,44 @@ class EntropyGuard(TensorState):
         loss = signal.loss
         if self.window is None:
             self.window = torch.full((WINDOW,), torch.nan, device=loss.device)
+            self.turns = torch.full((self.TURNS,), torch.nan, device=loss.device)
             self.psi = torch.ones((), device=loss.device)
             self.best = torch.full((), torch.inf, device=loss.device)
             self.rises = torch.zeros((), device=loss.device)
             self.evidence = self.period = torch.full((), torch.nan, device=loss.device)
+            self.overshoot = torch.zeros((), device=loss.device)
         self.window = _remember(self.window, loss, signal.skip)
+        if _looked_at(signal.step):
+            self.turns = _remember(self.turns, signal.alignment(), signal.skip)
         if signal.step % self.EVERY == self.EVERY - 1:
-            full = self.window.isfinite().all()
-            found = self.detect(self.window, self.best)
-            self.rises = torch.where(full & found.rises, self.rises + 1, torch.zeros_like(loss))
-            alarm = found.oscillates | (self.rises >= self.RISES)
-            damped = torch.where(
-                alarm, (0.7 * self.psi).clamp(min=self.floor), (self.psi * 1.02**8).clamp(max=1.0)
-            )
-            self.psi = torch.where(full, damped, self.psi)
-            self.best = torch.where(full, torch.minimum(self.best, found.middle), self.best)
-            self.evidence, self.period = found.evidence, found.period
+            self._judge(self.window)
         return self.psi
 
+    def _judge(self, window: Tensor) -> None:
+        full = window.isfinite().all()
+        found = self.detect(window, self.best)
+        self.overshoot = (self.turns < 0).float().mean()
+        self.rises = torch.where(full & found.rises, self.rises + 1, torch.zeros_like(self.rises))
+        oscillates = (found.evidence > 1) | (self.overshoot >= 1)
+        alarm = (oscillates & ~found.progress) | (self.rises >= self.RISES)
+        eased = torch.where(self.overshoot < 0.75, (self.psi * 1.02**8).clamp(max=1.0), self.psi)
+        damped = torch.where(alarm, (0.7 * self.psi).clamp(min=self.floor), eased)
+        self.psi = torch.where(full, damped, self.psi)
+        self.best = torch.where(full, torch.minimum(self.best, found.middle), self.best)
+        self.evidence, self.period = found.evidence, found.period
+
     def explain(self) -> dict[str, Tensor]:
-        """Return evidence for a period (above 1: significant), the period, rises in a row."""
-        return {"evidence": self.evidence, "period": self.period, "rises": self.rises}
+        """Return why: for each thing that is looked for, how much there is of it.
+
+        ``evidence`` for a period (above 1: significant) and the ``period``; ``overshoot``, the
+        share of the gradients looked at that point against the steps; ``rises`` in a row.
+        """
+        return {
+            "evidence": self.evidence,
+            "period": self.period,
+            "overshoot": self.overshoot,
+            "rises": self.rises,
+        }
 
     def detect(self, losses: Tensor, best: Tensor) -> Judgement:
         """Judge windows of losses, shape (..., 64), given the best median so far, shape (...)."""
@@ -234,7 +267,7 @@ class EntropyGuard(TensorState):
         middle = losses[..., WINDOW // 2 :].median(-1).values
         gain = middle - losses[..., : WINDOW // 2].median(-1).values
         return Judgement(
-            oscillates=(found.evidence > 1) & (fallen < 0.5 * found.sigma),
+            progress=fallen >= 0.5 * found.sigma,
             rises=(middle > best + 3 * found.sigma)
             & (gain > torch.maximum(found.sigma, 3 * found.error))
             & (quarters[..., 3] - quarters[..., 2] > 0.25 * found.sigma),
@@ -270,3 +303,12 @@ def _remember(window: Tensor, value: Tensor, skip: Tensor) -> Tensor:
     """Shift ``value`` into the window unless the step is skipped or the value not finite."""
     shifted = torch.cat([window[1:], value[None]])
     return torch.where(skip | ~value.isfinite(), window, shifted)
+
+
+def _looked_at(step: int) -> bool:
+    """Whether a step is one of the quarter whose gradient is compared with the moment.
+
+    Multiples of the golden ratio modulo 1 (Weyl's sequence) are evenly spread and in step with no
+    period.
+    """
+    return step * 0x9E3779B1 % 2**32 < 2**30
