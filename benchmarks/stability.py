@@ -174,16 +174,21 @@ def main(  # noqa: PLR0913 -- a command's options
 def _as_measured(
     methods: dict[str, Method], book: Book, model: str, steps: int
 ) -> tuple[dict[str, Method], list[str]]:
-    """Return the methods with the code that the book has results of, and what is not current."""
+    """Return the methods with the code that the book has most of, and what is not current."""
     found = {
         name: replace(m, code=book.code_of(name, m.code, model, steps))
         for name, m in methods.items()
     }
-    aged = [
-        f"{name}: measured with code {m.code}, the code installed is {methods[name].code}"
-        for name, m in found.items()
-        if m.code != methods[name].code
-    ]
+    aged = []
+    for name, m in found.items():
+        now = methods[name].code
+        if m.code != now:
+            equal, both = book.compared(name, m.code, now)
+            again = f", of which {both} runs were repeated, {equal} equal to the last bit"
+            aged.append(
+                f"{name}: measured with code {m.code}, the code installed is {now}"
+                + (again if both else "")
+            )
     return found, aged
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stability.figures import Figure, Table
+from stability.methods import ORACLE
 
 PEERS = (
     "adamw", "clip", "zclip", "adagc", "stable-spam", "stableadamw", "skipstep", "agc",
@@ -47,15 +48,18 @@ def bars(table: Table, provocations: Sequence[str]) -> list[Bar]:
 
 def _damage_bar(table: Table, peer: str) -> Bar:
     claim = f"corrupt-10: damage at most 0.4 times that of {peer}"
-    table = table.shared(*((p, m) for p in ("clean", "corrupt-10") for m in ("ars", peer)))
+    known = ("ars", peer, *((ORACLE,) if table.of("corrupt-10", ORACLE) else ()))
+    table = table.shared(*((p, m) for p in ("clean", "corrupt-10") for m in known))
     mine, theirs = (table.damage("corrupt-10", m) for m in ("ars", peer))
     if mine.mean is None or theirs.mean is None:
         return Bar(claim, None, "not measured")
+    told = table.damage("corrupt-10", ORACLE)
+    oracle = f"; told which batches are random: {shown(told)}" if told.mean is not None else ""
     if theirs.mean <= 0:
-        return Bar(claim, mine.mean <= 0, f"{shown(mine)} against {shown(theirs)}")
+        return Bar(claim, mine.mean <= 0, f"{shown(mine)} against {shown(theirs)}{oracle}")
     met = not mine.dead and mine.mean <= 0.4 * theirs.mean
     ratio = mine.mean / theirs.mean
-    return Bar(claim, met, f"{shown(mine)} against {shown(theirs)}: {ratio:.3f} times")
+    return Bar(claim, met, f"{shown(mine)} against {shown(theirs)}: {ratio:.3f} times{oracle}")
 
 
 def _nonfinite_bar(table: Table) -> Bar:

@@ -26,6 +26,8 @@ from ars_kit import damping
 from ars_kit.damping import DampedOptimizer
 from ars_kit.host import Host
 from ars_kit.schema import Choice
+from ars_kit.spec import DampingGate, StepSignal
+from stability.provocations import PROVOCATIONS
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -39,6 +41,11 @@ DAMPED = "ars"
 """The wrapper whose gates are also left out one by one."""
 
 
+ORACLE = "oracle"
+"""No method, but a bound: the wrapper, told what its surprise gate has to guess."""
+RUINED = frozenset({"clean", *(p.name for p in PROVOCATIONS.values() if p.ruins)})
+
+
 class Prepare(Protocol):
     """Looks at the gradients before the base optimizer does, and may change them in place."""
 
@@ -47,12 +54,38 @@ class Prepare(Protocol):
         ...
 
 
+class Told:
+    """A gate that need not guess: it stops the gradient of a batch that it is told is ruined.
+
+    No gate that has to judge by loss or gradients can be expected to do better at that.
+    """
+
+    def __init__(self) -> None:
+        self.ruined = False
+
+    def __call__(self, signal: StepSignal) -> Tensor:
+        """Return 0 or 1."""
+        return signal.loss.new_full((), 0.0 if self.ruined else 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: runs are not resumed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stepper:
-    """A base optimizer and what is done before each of its steps."""
+    """A base optimizer and what is done before each of its steps.
+
+    Attributes:
+        told: a gate that is told of each step whether its batch was ruined.
+    """
 
     base: Optimizer
     prepare: Prepare | None = None
+    told: Told | None = None
 
     def step(self, loss: Tensor, lr: float) -> None:
         """Take one step.
@@ -226,9 +259,21 @@ def _agc(groups: Groups) -> Stepper:
     return Stepper(adamw(groups), UnitClip(agc, spared))
 
 
+def _oracle(host: Host, groups: Groups) -> Stepper:
+    """Return the wrapper with its surprise gate replaced by one that knows."""
+    told = Told()
+    gates = {n: told if n == "surprise" else g for n, g in _gates(host, DAMPED).items()}
+    return Stepper(DampedOptimizer(adamw(groups), gates), told=told)
+
+
+def _gates(host: Host, name: str) -> dict[str, DampingGate]:
+    return dict(host.make("wrappers", Choice(name)))
+
+
 def _wrapped(host: Host, name: str, without: str | None, groups: Groups) -> Stepper:
-    gates = dict(host.make("wrappers", Choice(name)))
-    gates.pop(without, None)
+    gates = _gates(host, name)
+    if without is not None:
+        del gates[without]
     return Stepper(DampedOptimizer(adamw(groups), gates))
 
 
@@ -276,11 +321,16 @@ def installed_methods() -> tuple[dict[str, Method], list[str]]:
         if name not in host.shelves["wrappers"]:
             notices.append(f"{name}: left out, no such optimizer wrapper is installed")
             continue
-        gates = host.make("wrappers", Choice(name))
+        gates = _gates(host, name)
         code = _digest(host.listing("wrappers", name).offer.make, gates)
         found.append(Method(name, "ars-kit", code, partial(_wrapped, host, name, None)))
         if name == DAMPED:
             found += [_ablated(host, gate, code) for gate in gates]
+            found.append(
+                Method(
+                    ORACLE, "told which batches are random", code, partial(_oracle, host), RUINED
+                )
+            )
     return {m.name: m for m in found}, notices
 
 

@@ -51,6 +51,7 @@ class Provocation:
 
     Attributes:
         alter: the step's batch, shape (batch, context + 1), to the one that is trained on.
+        ruins: whether the step's batch holds nothing to learn; what an oracle would be told.
         strike: changes the gradients in place, after the backward pass and before the method.
         lr: multiplies the base learning rate.
         reverse: judged on held-out sequences read backwards.
@@ -61,26 +62,38 @@ class Provocation:
     name: str
     summary: str
     alter: Callable[[Moment, Bytes], Bytes] | None = None
+    ruins: Callable[[Moment], bool] | None = None
     strike: Callable[[Moment, Sequence[Tensor]], None] | None = None
     lr: float = 1.0
     reverse: bool = False
     full_batch: bool = False
 
 
+def corrupted(moment: Moment, *, share: float) -> bool:
+    """Return whether this step is one of a share drawn by chance."""
+    return moment.step >= moment.calm and moment.draw("corrupt").random() < share
+
+
 def corrupt(moment: Moment, batch: Bytes, *, share: float) -> Bytes:
     """Replace a share of the batches by uniformly random bytes."""
-    draw = moment.draw("corrupt")
-    if moment.step < moment.calm or draw.random() >= share:
+    if not corrupted(moment, share=share):
         return batch
+    draw = moment.draw("corrupt")
+    draw.random()  # what corrupted() has drawn
     return draw.integers(0, 256, batch.shape, dtype=np.uint8)
+
+
+def in_burst(moment: Moment) -> bool:
+    """Return whether this step is one of six in a row, once in every fifty."""
+    begin = moment.step - moment.step % BURST_EVERY
+    offset = replace(moment, step=begin).draw("burst").integers(0, BURST_EVERY - BURST_LENGTH)
+    within = offset <= moment.step - begin < offset + BURST_LENGTH
+    return bool(within) and moment.step >= moment.calm
 
 
 def burst(moment: Moment, batch: Bytes) -> Bytes:
     """Replace six batches in a row, once in every fifty steps, by uniformly random bytes."""
-    begin = moment.step - moment.step % BURST_EVERY
-    offset = replace(moment, step=begin).draw("burst").integers(0, BURST_EVERY - BURST_LENGTH)
-    within = offset <= moment.step - begin < offset + BURST_LENGTH
-    if moment.step < moment.calm or not within:
+    if not in_burst(moment):
         return batch
     return moment.draw("corrupt").integers(0, 256, batch.shape, dtype=np.uint8)
 
@@ -129,12 +142,18 @@ PROVOCATIONS = {
     for p in (
         Provocation("clean", "nothing is done"),
         Provocation(
-            "corrupt-10", "10 % of the batches are random bytes", partial(corrupt, share=0.1)
+            "corrupt-10",
+            "10 % of the batches are random bytes",
+            partial(corrupt, share=0.1),
+            partial(corrupted, share=0.1),
         ),
         Provocation(
-            "corrupt-2", "2 % of the batches are random bytes", partial(corrupt, share=0.02)
+            "corrupt-2",
+            "2 % of the batches are random bytes",
+            partial(corrupt, share=0.02),
+            partial(corrupted, share=0.02),
         ),
-        Provocation("bursts", "6 random batches in a row, once in 50 steps", burst),
+        Provocation("bursts", "6 random batches in a row, once in 50 steps", burst, in_burst),
         Provocation(
             "spikes",
             "noise of 100 times its norm on every gradient at 2 % of the steps",

@@ -6,9 +6,10 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,8 @@ def _step(
     if provocation.strike is not None:
         with torch.no_grad():
             provocation.strike(moment, [p.grad for p in model.parameters() if p.grad is not None])
+    if stepper.told is not None:
+        stepper.told.ruined = provocation.ruins is not None and provocation.ruins(moment)
     lr = learning_rate(size, key.lr * provocation.lr, step, constant=provocation.full_batch)
     stepper.step(loss.detach(), lr)
     for p in model.parameters():
@@ -157,13 +160,22 @@ class Book:
                 self.outcomes[Key(**row["key"])] = Outcome(**row["outcome"])
 
     def code_of(self, method: str, code: str, model: str, steps: int) -> str:
-        """Return ``code`` where a method has results with it, or else the code of its last one."""
-        found = [
+        """Return the code that most of a method's results have; ``code`` where there are none."""
+        found = Counter(
             k.code
             for k in self.outcomes
             if (k.method, k.model, k.steps, k.protocol) == (method, model, steps, PROTOCOL)
+        )
+        return max(found, key=lambda c: (found[c], c == code)) if found else code
+
+    def compared(self, method: str, old: str, new: str) -> tuple[int, int]:
+        """Return how many runs have the same score under two codes, and how many have both."""
+        pairs = [
+            (outcome.score, self.outcomes[replace(key, code=new)].score)
+            for key, outcome in self.outcomes.items()
+            if (key.method, key.code) == (method, old) and replace(key, code=new) in self.outcomes
         ]
-        return code if code in found or not found else found[-1]
+        return sum(a == b for a, b in pairs), len(pairs)
 
     def add(self, key: Key, outcome: Outcome) -> None:
         """Append a result."""
