@@ -46,6 +46,14 @@ LOG_EVERY = 10
 SIZES: dict[str, dict[str, Any]] = {
     "embedded d18": {},
     "wide d18": {"family.aspect": 0.8, "family.head_dim": 64},
+    # Few tokens a step: what is paid for each parameter then weighs most.
+    "50M d14": {
+        "family.members": "d14",
+        "family.aspect": 4.571,
+        "family.head_dim": 64,
+        "data.sequence_length": 64,
+        "train.batch_size": 4,
+    },
 }
 Block = Callable[[int, int], None]
 
@@ -131,8 +139,8 @@ def compare(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return each loop's seconds per step, round by round, and what was run."""
     steps = (rounds + 1) * block
-    flags = {"family.members": "d18", "train.tokens": steps * 2048, **SIZES[size]}
-    plan = plan_run(resolve(flags, {}, None), host)
+    flags = {"family.members": "d18", "train.steps_per_iteration": 1, **SIZES[size]}
+    plan = plan_run(resolve({**flags, "train.iterations": (steps, steps)}, {}, None), host)
     member = plan.members[0]
     stream = np.random.default_rng(0).integers(0, 1024, 2_000_000, dtype=np.uint16)
     batches = Batches(
@@ -229,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--sizes", default=",".join(SIZES), help="names with commas between")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     host = Host.installed()
@@ -243,7 +252,7 @@ def main() -> None:
     print("| model | loop | ms per step | ratio to bare | quartiles |")
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
-        for size in SIZES:
+        for size in options.sizes.split(","):
             seconds, facts = compare(size, rounds=options.rounds, block=options.block, host=host)
             found = ratios(seconds)
             report["sizes"].append({**facts, "loops": found})

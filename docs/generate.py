@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import measured
 
 from ars_kit import errors, spec
 from ars_kit.cli import cli
@@ -202,6 +203,10 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "fields": fields,
     "methods": methods,
     "index": index,
+    "stability-conditions": measured.conditions,
+    "stability-verdicts": measured.verdicts,
+    "stability-bars": measured.bars,
+    "detector": measured.detector,
 }
 
 

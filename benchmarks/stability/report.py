@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stability.bars import Bar, bars, shown
+from stability.bars import PEERS, Bar, bars, shown
 from stability.figures import Figure, Scores, Table
 from stability.methods import DAMPED, Method
 from stability.plot import differences_svg
@@ -63,6 +63,50 @@ class Facts:
     environment: Mapping[str, str] = field(default_factory=environment)
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What ARS is worth under one provocation.
+
+    Attributes:
+        score: of ARS.
+        against_clip: paired difference; its interval decides the word.
+        word: ``helps``, ``hurts``, or ``no difference shown``.
+        peer: the one of lowest mean among those that lived, chosen in hindsight.
+        against_peer: paired difference to it.
+    """
+
+    provocation: str
+    score: Figure
+    against_clip: Figure
+    clip_dead: int
+    word: str
+    peer: str | None
+    against_peer: Figure | None
+
+
+def verdicts(table: Table, provocations: Iterable[str]) -> list[Verdict]:
+    """Judge ARS under each provocation that both it and the reference ran under."""
+    found = []
+    for p in provocations:
+        pair = table.shared((p, DAMPED), (p, REFERENCE))
+        if not pair.of(p, DAMPED) or not pair.of(p, REFERENCE):
+            continue
+        difference, dead = pair.against(p, DAMPED, REFERENCE), pair.score(p, REFERENCE).dead
+        mine = pair.score(p, DAMPED)
+        if mine.dead != dead:
+            word = "helps" if mine.dead < dead else "hurts"
+        elif difference.clear:
+            word = "helps" if (difference.mean or 0.0) < 0 else "hurts"
+        else:
+            word = "no difference shown"
+        ran = [m for m in PEERS if table.of(p, m)]
+        peers = table.shared(*((p, m) for m in (*ran, DAMPED)))
+        best = peers.best(p, ran)
+        rest = peers.against(p, DAMPED, best) if best else None
+        found.append(Verdict(p, mine, difference, dead, word, best, rest))
+    return found
+
+
 def table_of(outcomes: Mapping[Key, Outcome], keys: Iterable[Key]) -> Table:
     """Return the scores of those keys that have an outcome."""
     scores: dict[tuple[str, str], dict[int, float | None]] = {}
@@ -82,6 +126,7 @@ def write(path: Path, facts: Facts, table: Table, methods: Mapping[str, Method])
         "methods": {m: {"source": methods[m].source, "code": methods[m].code} for m in names},
         "provocations": {p: PROVOCATIONS[p].summary for p in provocations},
         "results": [_row(table, p, m) for p in provocations for m in names if table.of(p, m)],
+        "verdicts": [asdict(v) for v in verdicts(table, provocations)],
         "bars": [asdict(b) for b in judged],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

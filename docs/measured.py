@@ -1,0 +1,93 @@
+"""Tables of the pages on what was measured, from the results that the benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def conditions(name: str) -> str:
+    """Return what a stability result was measured on."""
+    facts = _read(name)["facts"]
+    size = facts["size"]
+    shape = f"Qwen2, {size['layers']} layers, width {size['width']}, bytes as tokens"
+    length = f"{size['batch']} x {size['context']} a step, {size['steps']} steps"
+    seeds = ", ".join(map(str, facts["seeds"]))
+    tuned = "tuned once for AdamW with clip 1.0 on other seeds and another text"
+    rate = f"{tuned} ({facts['tuning_text']})" if facts["tuning"] else "given"
+    lines = [
+        f"{facts['parameters']:,} parameters: {shape}; {length}",
+        f"reported on {facts['text']}, seeds {seeds}; learning rate {facts['lr']:g}, {rate}",
+        f"`{facts['command']}`",
+        ", ".join(f"{k} {v}" for k, v in facts["environment"].items()),
+        *facts["notices"],
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def verdicts(name: str) -> str:
+    """Return what ARS was worth under each provocation."""
+    tree = _read(name)
+    rows = []
+    for v in tree["verdicts"]:
+        clip = f"clip dead {v['clip_dead']}/{v['score']['n']}" if v["clip_dead"] else ""
+        rest = v["against_peer"]
+        rows.append(
+            [
+                v["provocation"],
+                tree["provocations"][v["provocation"]],
+                _figure(v["against_clip"]) or clip,
+                f"**{v['word']}**" if v["word"] != "no difference shown" else v["word"],
+                v["peer"] or "none lived",
+                _figure(rest) if rest else "-",
+            ]
+        )
+    heads = [
+        "provocation",
+        "what is done",
+        "ARS minus clip",
+        "verdict",
+        "best peer",
+        "ARS minus it",
+    ]
+    return _table(heads, rows)
+
+
+def bars(name: str) -> str:
+    """Return which bars were met."""
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [[b["claim"], words[b["met"]], b["figures"]] for b in _read(name)["bars"]]
+    return _table(["bar", "met", "figures"], rows)
+
+
+def detector(_: str) -> str:
+    """Return what the period detector finds, and what it imagines."""
+    tree = _read("detector")
+    found = tree["detection_at_snr_1"]
+    periods = list(next(iter(found.values())))
+    seen = _table(
+        ["pattern of period", *periods],
+        [[kind, *(f"{row[p]:.1%}" for p in periods)] for kind, row in found.items()],
+    )
+    calm = tree["false_alarms_per_window"]
+    false = _table(["calm losses", "false alarms"], [[k, f"{v:.2%}"] for k, v in calm.items()])
+    return f"{seen}\n\n{false}\n\n{tree['windows']:,} windows of 64 losses for each figure."
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _figure(figure: dict[str, Any]) -> str:
+    if figure["mean"] is None:
+        return ""
+    half = "" if figure["half"] is None else f" ± {figure['half']:.4f}"
+    return f"{figure['mean']:+.4f}{half}"
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
