@@ -178,6 +178,65 @@ def test_zclip_pulls_an_outlier_back_to_the_usual_norm() -> None:
     assert step_of("zclip", 10.0) == pytest.approx(0.5, abs=0.02)
 
 
+def test_what_is_ruined_is_what_is_altered() -> None:
+    from stability.provocations import PROVOCATIONS
+
+    for name in ("corrupt-10", "corrupt-2", "bursts"):
+        ruins = PROVOCATIONS[name].ruins
+        assert ruins is not None
+        assert [ruins(m) for m in moments(300, calm=20)] == altered(name, 300, calm=20)
+        assert any(altered(name, 300, calm=20))
+
+
+def test_the_oracle_stops_the_gradients_of_what_is_ruined() -> None:
+    from stability.methods import ORACLE, installed_methods
+
+    weight = torch.nn.Parameter(torch.zeros(4))
+    group = {"params": [weight], "role": "vector", "lr": 0.1, "weight_decay": 0.0}
+    stepper = installed_methods()[0][ORACLE].make([group])
+    for ruined, moved in ((True, False), (False, True)):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(4)
+        assert stepper.told is not None
+        stepper.told.ruined = ruined
+        stepper.step(torch.tensor(1.0), 0.1)
+        assert bool((weight != before).any()) is moved
+
+
+def test_verdicts_follow_the_interval_and_the_dead() -> None:
+    from stability.figures import Table
+    from stability.report import verdicts
+
+    near, far = {1: 2.0, 2: 2.1, 3: 2.2}, {1: 2.5, 2: 2.6, 3: 2.7}
+    unsure = {1: 2.3, 2: 2.0, 3: 2.25}
+    cases = {"clean": (near, far), "shift": (far, near), "bursts": (unsure, near),
+             "nonfinite": (near, dict.fromkeys(near))}  # fmt: skip
+    table = Table(
+        {(p, m): s for p, pair in cases.items() for m, s in zip(("ars", "clip"), pair, strict=True)}
+    )
+    found = {v.provocation: v for v in verdicts(table, cases)}
+    words = {p: v.word for p, v in found.items()}
+    assert words == {"clean": "helps", "shift": "hurts", "bursts": "no difference shown",
+                     "nonfinite": "helps"}  # fmt: skip
+    assert found["clean"].peer == "clip"
+    assert found["nonfinite"].peer is None
+    assert found["nonfinite"].clip_dead == 3
+
+
+def test_runs_of_two_codes_are_compared(tmp_path: Path) -> None:
+    from stability.runner import Book, Key, Outcome
+
+    book = Book(tmp_path / "book.jsonl")
+    for code, score in (("old", 2.0), ("new", 2.0), ("other", 2.5)):
+        for seed in (1, 2) if code == "old" else (1,):
+            key = Key("tiny", 9, "ars", code, "clean", seed, 0.1, "t", "v")
+            book.add(key, Outcome(score, None, 3.0, 1.0))
+    assert book.code_of("ars", "new", "tiny", 9) == "old"
+    assert book.compared("ars", "old", "new") == (1, 1)
+    assert book.compared("ars", "old", "other") == (0, 1)
+    assert book.compared("ars", "old", "absent") == (0, 0)
+
+
 def test_skipstep_skips_an_outlier_and_what_is_not_finite() -> None:
     assert step_of("skipstep", 0.51) == pytest.approx(0.51, abs=1e-4)
     assert step_of("skipstep", 10.0) == 0.0

@@ -288,10 +288,10 @@ def test_surprise_follows_its_formula() -> None:
     found = ask(SurpriseGate(damping=0.1), [1.0] * 20 + [1.2, 1.4])
     assert all(float(f.gradient) == 1 for f in found[:20])
     first, second = found[20:]
-    assert float(first.gradient) == pytest.approx((4 / 10) ** 4, rel=1e-4)
+    assert float(first.gradient) == pytest.approx((4 / 10) ** 2, rel=1e-4)
     assert float(first.step) == 1
-    assert float(second.gradient) == pytest.approx((4 / 20) ** 4, rel=1e-4)
-    assert float(second.step) == pytest.approx((4 / 20) ** 4, rel=1e-4)
+    assert float(second.gradient) == pytest.approx((4 / 20) ** 2, rel=1e-4)
+    assert float(second.step) == pytest.approx((4 / 20) ** 2, rel=1e-4)
 
 
 def test_surprise_lets_a_lasting_shift_through() -> None:

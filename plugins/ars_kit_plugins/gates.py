@@ -16,7 +16,7 @@ def surprise(*, damping: float = 0.1, limit: float = 4.0, patience: int = 8) -> 
     """Damp steps whose loss stands out of the last 32 (Surprise Gate).
 
     Args:
-        damping: how hard: the factor is (limit / z) to the power 40 x damping.
+        damping: how hard: the factor is (limit / z) to the power 20 x damping.
         limit: robust standard scores above the median that count as surprise.
         patience: surprising steps in a row that are damped; a lasting shift is let through.
     """

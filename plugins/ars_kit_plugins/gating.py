@@ -68,9 +68,9 @@ class SurpriseGate(TensorState):
     """Φ: damp a step whose loss stands out of the recent ones.
 
     Over the last 32 accepted losses (from 16 on) sigma = max(1.4826 MAD, 0.01 |median|, 0.02) and
-    z = (loss - median) / sigma. Where z > limit, Φ = (limit / z)^(40 damping), which at the
-    default 0.1 is the fourth power. Φ multiplies the gradient before the moments, where a transient
-    is undone best; from the second surprise in a row on it multiplies the step size too, since
+    z = (loss - median) / sigma. Where z > limit, Φ = (limit / z)^(20 damping), which at the
+    default 0.1 is the square. Φ multiplies the gradient before the moments, where a transient is
+    undone best; from the second surprise in a row on it multiplies the step size too, since
     adaptive optimizers divide a lasting gradient factor out again. After ``patience`` surprises
     in a row the shift is taken for real and let through until z falls below the limit.
     """
@@ -82,7 +82,7 @@ class SurpriseGate(TensorState):
     def __init__(self, *, damping: float = 0.1, limit: float = 4.0, patience: int = 8) -> None:
         if damping < 0 or limit <= 0 or patience < 0:
             raise ValueError("damping and patience must not be negative, and limit must be > 0")
-        self.power = 40.0 * damping
+        self.power = 20.0 * damping
         self.limit = limit
         self.patience = patience
         self.window: Tensor | None = None

@@ -17,7 +17,7 @@ def ars_gates(
 
     Args:
         entropy_threshold: of the Entropy Guard; alpha = 2e-3 at 0.5, ten times more per 0.25 less.
-        surprise_damping: of the Surprise Gate; at 0.1 its factor is (limit / surprise)^4.
+        surprise_damping: of the Surprise Gate; at 0.1 its factor is (limit / surprise)^2.
         norm_memory: give each gradient the norm it has had of late.
         jitter: standard deviation of Chronos-Jitter's log-normal noise; 0 leaves it out.
         seed: of the jitter.
