@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ars_kit.damping import load_named_state
 from ars_kit.data import Corpus
-from ars_kit.errors import DivergedError, PluginError
+from ars_kit.errors import PluginError
 from ars_kit.host import Host
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.measure import convergence_step, final_loss
@@ -172,7 +172,6 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     if accelerator.is_main_process:
         family.watcher.born(member.name, facts)
     train_member(job)
-    _require_finite(model, member)
     if accelerator.is_main_process:
         quality = judge(family, member.name, model)
         metrics = _metrics(family, member, job, facts, quality)
@@ -310,15 +309,6 @@ def _by_name(optimizer: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]
             entry = optimizer["state"].get(index, {})
             found[name] = {k: v for k, v in entry.items() if isinstance(v, torch.Tensor)}
     return found
-
-
-def _require_finite(model: PreTrainedModel, member: MemberPlan) -> None:
-    bad = [name for name, w in weights_of(model).items() if not bool(w.isfinite().all())]
-    if bad:
-        raise DivergedError(
-            f"{member.name} diverged: {bad[0]} holds values that are not finite; it is not kept. "
-            "Lower train.lr, or keep the guard gate"
-        )
 
 
 def _metrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -102,9 +103,10 @@ def train_member(job: Trainee) -> None:
         train_step(job, wrapped, step)
         done = step + 1
         asked = _asked_to_stop(job, done)
-        if done % run.log_every == 0 or done == plan.steps or asked:
-            log(job, done)
-        if done % run.save_every == 0 or done == plan.steps or asked:
+        saves = done % run.save_every == 0 or done == plan.steps or asked
+        if saves or done % run.log_every == 0:
+            log(job, done)  # before a state is kept: a step that broke a promise must not be in it
+        if saves:
             save(job, done)
         if asked and done < plan.steps:
             kind = Interrupted if job.stop.signal == signal.SIGINT else Preempted
@@ -181,8 +183,13 @@ def resume(job: Trainee) -> int:
 
 
 def save(job: Trainee, step: int) -> None:
-    """Commit the training state after ``step`` steps; one process writes."""
+    """Commit the training state after ``step`` steps; one process writes.
+
+    Raises:
+        DivergedError: a weight is not finite; the state before stays.
+    """
     job.meter.pause(job.accelerator.device)
+    _require_finite(job)
     if job.accelerator.is_main_process:
         tree = {
             "weights": weights_of(job.model),
@@ -195,11 +202,21 @@ def save(job: Trainee, step: int) -> None:
     job.meter.start(job.accelerator.device)
 
 
+def _require_finite(job: Trainee) -> None:
+    bad = [name for name, w in weights_of(job.model).items() if not bool(w.isfinite().all())]
+    if bad:
+        raise DivergedError(
+            f"{job.plan.name} diverged: {bad[0]} holds values that are not finite; they are not "
+            "kept. Lower train.lr, or keep the guard gate"
+        )
+
+
 def log(job: Trainee, done: int) -> None:
     """Read what the device recorded since the last time, once for many steps."""
     rows = job.optimizer.drain()
     for row in rows:
-        job.bad_in_a_row = job.bad_in_a_row + 1 if row["skipped"] else 0
+        bad = row["skipped"] or not math.isfinite(row["loss"])
+        job.bad_in_a_row = job.bad_in_a_row + 1 if bad else 0
         if job.bad_in_a_row >= job.settings.train.max_skipped:
             raise DivergedError(
                 f"{job.plan.name} diverged: {job.bad_in_a_row} steps in a row up to step "
@@ -213,7 +230,7 @@ def log(job: Trainee, done: int) -> None:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Make a row valid JSON: a loss that is not a number becomes null."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _asked_to_stop(job: Trainee, done: int) -> bool:

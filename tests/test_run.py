@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ars_kit.models import embedded_config
@@ -139,11 +140,12 @@ def test_a_killed_run_ends_bitwise_where_it_would_have(
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert weights_hash(mine) == weights_hash(out)
-    rows = [
-        [json.loads(line)["loss"] for line in (o / "d4" / "history.jsonl").read_text().splitlines()]
-        for o in (out, mine)
-    ]
-    assert rows[0] == rows[1]
+    for name in ("d2", "d3", "d4"):
+        rows = [
+            [json.loads(line) for line in (o / name / "history.jsonl").read_text().splitlines()]
+            for o in (out, mine)
+        ]
+        assert rows[0] == rows[1], "the history has every step, those before a kill too"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -223,6 +225,21 @@ def test_a_diverged_run_commits_no_member(tiny: list[str], arskit: Cli, tmp_path
     assert done.returncode == 6, done.stderr
     assert "diverged" in done.stderr
     assert not (tmp_path / "checkpoints" / "d2").exists()
+
+
+def test_a_diverged_run_without_a_guard_keeps_its_last_finite_state(
+    tiny: list[str], arskit: Cli, tmp_path: Path
+) -> None:
+    options = ["--optimizer", "sgd", "--lr", "1e9", "--set", "train.lr_vectors=1e9", "--no-gate",
+               "guard", "--set", "run.save_every=1", "--set", "run.log_every=10"]  # fmt: skip
+    done = arskit("run", *tiny, *options)
+    assert done.returncode == 6, done.stderr
+    assert "holds values that are not finite" in done.stderr
+    states = list((tmp_path / "checkpoints" / ".arskit" / "state" / "d2").glob("step-*"))
+    for state in states:
+        weights = load_file(state / "state.safetensors")
+        assert all(w.isfinite().all() for k, w in weights.items() if k.startswith("/weights"))
+    assert len(states) == 1
 
 
 @pytest.mark.parametrize(
