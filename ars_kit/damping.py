@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
-from ars_kit.factors import Factors, Once, Rates, alignment_of, local, norms_of
-from ars_kit.spec import Damping, DampingGate, StepSignal
+from ars_kit.factors import Answer, Factors, Once, Rates, alignment_of, ask, local, norms_of
+from ars_kit.spec import DampingGate, StepSignal
 
 KEPT_ROWS = 4096
 """Telemetry rows kept on the device when nobody drains them."""
@@ -38,6 +38,11 @@ class DampedOptimizer(Optimizer):
         reduce: means a 0-d loss over all ranks, so that all damp alike.
         fold: let a fused base apply the factors itself; by default wherever it can and the
             parameters are on an accelerator.
+        owners: the plugin that each gate comes from, and under None that of the base, for
+            complaints. A base without one raises its own errors.
+
+    Attributes:
+        intact: weights and moments are those after a whole step; False where the base broke off.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class DampedOptimizer(Optimizer):
         *,
         reduce: Callable[[Tensor], Tensor] | None = None,
         fold: bool | None = None,
+        owners: Mapping[str | None, str] | None = None,
     ) -> None:
         # Optimizer.__init__ would copy the groups; a copy goes stale when the base loads a state.
         # What it sets up besides are the hook tables that schedulers and Lightning rely on.
@@ -64,6 +70,9 @@ class DampedOptimizer(Optimizer):
         self._patch_step_function()
         self._reduce = reduce
         self._fold = fold
+        self._owners = dict(owners or {})
+        self.intact = True
+        self._answers: dict[str, Answer] = {}  # of the step that is being taken
         self._loss: Tensor | None = None
         self._steps = 0
         self._last: Tensor | None = None
@@ -127,7 +136,8 @@ class DampedOptimizer(Optimizer):
         """Ask the gates, then let the base step, damped.
 
         Raises:
-            PluginError: a gate raised or returned something else than a factor.
+            PluginError: a gate raised or returned something else than a factor. Weights, moments
+                and gates are then as they were; the next call takes the same step.
         """
         answer = None
         if closure is not None:
@@ -138,17 +148,22 @@ class DampedOptimizer(Optimizer):
             self.observe(loss)
         seen, self._loss = self._loss, None
         if seen is None or not self.gates:
-            self.base.step()
+            self._step_base()
         else:
             with torch.no_grad():
                 self._damped_step(seen if self._reduce is None else self._reduce(seen))
         self._steps += 1
         return answer
 
+    def called(self, name: str | None) -> str:
+        """Return how a complaint calls a gate, or under None the base."""
+        what = "the base optimizer" if name is None else f"damping gate {name!r}"
+        return f"{what} of plugin {self._owners[name]}" if name in self._owners else what
+
     def _damped_step(self, loss: Tensor) -> None:
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         one = torch.ones_like(loss)
-        total = Factors(one)
+        total = Factors(one, len(grads))
         last = one if self._last is None else self._last
         lr = self.param_groups[0]["lr"]
         norms = Once(lambda: norms_of(grads))
@@ -165,34 +180,44 @@ class DampedOptimizer(Optimizer):
                 norms,
                 alignment,
             )
-            total.add(name, gate, self._ask(name, gate, signal))
-            try:
-                total.explain(name, gate)
-            except Exception as error:
-                raise PluginError(
-                    f"damping gate {name!r} could not explain step {self._steps}: {error!r}"
-                ) from error
+            self._ask(name, gate, signal, total)
+        self._require_names(total)
         if grads:
             self._apply([local(g) for g in grads], total)
+        self._answers.clear()
         self._last = total.gradient * total.step
         self._record(loss, total)
 
-    def _ask(self, name: str, gate: DampingGate, signal: StepSignal) -> Damping:
+    def _ask(self, name: str, gate: DampingGate, signal: StepSignal, total: Factors) -> None:
+        """Multiply a gate's answer in.
+
+        Where a step broke off, the gates that had answered keep their answers: they have learned
+        from it already.
+        """
         try:
-            answer = gate(signal)
-        except Exception as error:
+            answer = self._answers.get(name) or ask(gate, signal)
+            total.add(name, answer, bounded=getattr(gate, "bounded", True))
+        except PluginError as error:
+            raise PluginError(f"{self.called(name)} {error}") from error
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"damping gate {name!r} failed at step {self._steps}: {error!r}"
+                f"{self.called(name)} failed at step {self._steps}: {error!r}"
             ) from error
-        if isinstance(answer, Tensor):
-            on_step = getattr(gate, "acts_on", "gradient") == "step"
-            answer = Damping(step=answer) if on_step else Damping(gradient=answer)
-        if not isinstance(answer, Damping):
+        self._answers[name] = answer
+
+    def _step_base(self) -> None:
+        self.intact = False
+        try:
+            self.base.step()
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, SystemExit) as error:
+            if None not in self._owners:
+                raise
             raise PluginError(
-                f"damping gate {name!r} returned {type(answer).__name__} at step {self._steps}; "
-                "it must return a 0-d tensor or a Damping"
-            )
-        return answer
+                f"{self.called(None)} failed at step {self._steps}: {error!r}"
+            ) from error
+        self.intact = True
 
     def _apply(self, grads: list[Tensor], total: Factors) -> None:
         on_host = grads[0].device.type == "cpu" or not self._can_fold()
@@ -207,7 +232,7 @@ class DampedOptimizer(Optimizer):
             elif gradient != 1.0:
                 torch._foreach_mul_(grads, gradient)
             with Rates(self.param_groups, None if step == 1.0 else step):
-                self.base.step()
+                self._step_base()
             return
         if total.vector is not None:
             torch._foreach_mul_(grads, list(total.vector.unbind()))
@@ -215,7 +240,7 @@ class DampedOptimizer(Optimizer):
         base.grad_scale, base.found_inf = 1.0 / total.gradient, total.skip.float()
         try:
             with Rates(self.param_groups, total.step if total.steps_damped else None):
-                base.step()
+                self._step_base()
         finally:
             del base.grad_scale, base.found_inf
 
@@ -223,15 +248,17 @@ class DampedOptimizer(Optimizer):
         known = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
         return isinstance(self.base, known) and all(g.get("fused") for g in self.param_groups)
 
+    def _require_names(self, total: Factors) -> None:
+        names = tuple(total.explained)
+        if self._labels != names and self._rows:
+            raise PluginError(
+                f"damping gates explained {sorted(names)} at step {self._steps} but "
+                f"{sorted(self._labels)} before; the names must stay the same"
+            )
+        self._labels = names
+
     def _record(self, loss: Tensor, total: Factors) -> None:
         explained = total.explained
-        if self._labels != tuple(explained):
-            if self._rows:
-                raise PluginError(
-                    f"damping gates explained {sorted(explained)} at step {self._steps} but "
-                    f"{sorted(self._labels)} before; the names must stay the same"
-                )
-            self._labels = tuple(explained)
         skip = total.skip.float()
         head = [loss, total.gradient, total.step, skip, *total.factors]
         row = torch.stack([*head, *explained.values(), *total.broken])
@@ -287,12 +314,15 @@ class DampedOptimizer(Optimizer):
     def _check_promises(self) -> None:
         if self._totals is None:
             return
-        broken = self._totals[3 + len(self.gates) :].tolist()
-        for name, count in zip(self.gates, broken, strict=True):
-            if count:
+        n = len(self.gates)
+        broken = self._totals[3 + n :].tolist()
+        for i, name in enumerate(self.gates):
+            if broken[i]:
+                seen = zip(self._row_steps, self._rows, strict=True)
+                first = next((f" at step {step}" for step, row in seen if row[i - n]), "")
                 raise PluginError(
-                    f"damping gate {name!r} returned a factor outside [0, 1] or not finite "
-                    f"in {int(count)} of the steps so far (last looked at step {self._steps})"
+                    f"{self.called(name)} returned a factor outside [0, 1] or not finite{first}, "
+                    f"{int(broken[i])} times before step {self._steps}"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,9 +333,16 @@ class DampedOptimizer(Optimizer):
                 "steps": self._steps,
                 "last": self._last,
                 "totals": self._totals,
-                "gates": {name: gate.state_dict() for name, gate in self.gates.items()},
+                "gates": {name: self._state_of(name, gate) for name, gate in self.gates.items()},
+                "answers": {name: answer.state() for name, answer in self._answers.items()},
             },
         }
+
+    def _state_of(self, name: str, gate: DampingGate) -> dict[str, Any]:
+        try:
+            return gate.state_dict()
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.called(name)} could not name its state: {error!r}") from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; a bare base's state is accepted too."""
@@ -316,9 +353,17 @@ class DampedOptimizer(Optimizer):
             return
         self._steps, self._last = damping["steps"], damping["last"]
         self._totals = damping["totals"]
+        answers = damping.get("answers", {})
+        self._answers = {name: Answer.from_state(answer) for name, answer in answers.items()}
         for name, gate in self.gates.items():
-            if name in damping["gates"]:
+            if name not in damping["gates"]:
+                continue
+            try:
                 gate.load_state_dict(damping["gates"][name])
+            except (Exception, SystemExit) as error:
+                raise PluginError(
+                    f"{self.called(name)} could not take its state back: {error!r}"
+                ) from error
 
 
 def named_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:

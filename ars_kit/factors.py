@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
-from ars_kit.spec import Damping, DampingGate
+from ars_kit.spec import Damping, DampingGate, StepSignal
 
 MOMENTS = ("exp_avg", "momentum_buffer")
 """What torch's optimizers call the running mean of the gradients."""
@@ -30,8 +30,55 @@ class Once:
         return self._value
 
 
+class Answer(NamedTuple):
+    """What one gate said of one step."""
+
+    damping: Damping
+    explained: Mapping[str, Tensor]
+
+    def state(self) -> dict[str, Any]:
+        """Return it in a form that a checkpoint holds."""
+        return {**self.damping._asdict(), "explained": dict(self.explained)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Answer:
+        """Take back what :meth:`state` returned."""
+        return cls(Damping(*(state[f] for f in Damping._fields)), state["explained"])
+
+
+def ask(gate: DampingGate, signal: StepSignal) -> Answer:
+    """Ask a gate about a step, and why.
+
+    Raises:
+        PluginError: it returned something else than a factor, or could not explain itself; the
+            message goes on from the gate's name.
+    """
+    answer: Any = gate(signal)
+    if isinstance(answer, Tensor):
+        on_step = getattr(gate, "acts_on", "gradient") == "step"
+        answer = Damping(step=answer) if on_step else Damping(gradient=answer)
+    wrong: list[object] = [answer]
+    if isinstance(answer, Damping):
+        wrong = list(answer)
+        wrong = [part for part in wrong if not isinstance(part, Tensor | None)]
+    if wrong:
+        raise PluginError(
+            f"returned {type(wrong[0]).__name__} at step {signal.step}; it must return a 0-d "
+            "tensor or a Damping"
+        )
+    explain = getattr(gate, "explain", None)
+    try:
+        return Answer(answer, {} if explain is None else dict(explain()))
+    except Exception as error:
+        raise PluginError(f"could not explain step {signal.step}: {error!r}") from error
+
+
 class Factors:
     """The factors of one step, multiplied up over the gates.
+
+    Args:
+        one: 0-d float32 on the training device.
+        tensors: gradients there are.
 
     Attributes:
         gradient: product of the 0-d gradient factors.
@@ -39,12 +86,14 @@ class Factors:
         skip: whether any gate asked to skip; 0-d bool.
         vector: product of the factors by tensor, (n_tensors,), or None.
         factors: each gate's own factor, 0-d: the mean where it has one a tensor, 0 where it skips.
-        broken: 1 for each gate whose factor was outside [0, 1], else 0; 0-d.
+        broken: 1 for each gate whose factor was outside [0, 1], or of a factor by tensor not
+            finite or negative, else 0; 0-d.
         explained: what gates say of themselves, 0-d, by ``GATE_NAME``.
     """
 
-    def __init__(self, one: Tensor) -> None:
+    def __init__(self, one: Tensor, tensors: int) -> None:
         self.gradient, self.step = one, one
+        self.tensors = tensors
         self.skip = torch.zeros_like(one, dtype=torch.bool)
         self.vector: Tensor | None = None
         self.steps_damped = False
@@ -52,34 +101,37 @@ class Factors:
         self.broken: list[Tensor] = []
         self.explained: dict[str, Tensor] = {}
 
-    def add(self, name: str, gate: DampingGate, damping: Damping) -> None:
+    def add(self, name: str, answer: Answer, *, bounded: bool) -> None:
         """Multiply one gate's answer in.
 
+        Args:
+            name: of the gate.
+            answer: of the gate.
+            bounded: whether it promised factors of at most 1.
+
         Raises:
-            PluginError: a factor has the wrong shape.
+            PluginError: a factor has the wrong shape; the message goes on from the gate's name.
         """
+        damping = answer.damping
+        self._require_shapes(damping)
         one = torch.ones_like(self.gradient)
-        factor, broken = one, torch.zeros_like(one)
+        factor, outside = one, torch.zeros_like(one, dtype=torch.bool)
         if damping.skip is not None:
             self.skip = self.skip | damping.skip
             factor = torch.where(damping.skip, 0.0, factor)
         for value, part in ((damping.gradient, "gradient"), (damping.step, "step")):
             if value is None:
                 continue
-            if value.ndim == 1 and part == "gradient":
+            value = value.to(one)  # noqa: PLW2901
+            if value.ndim:
                 self.vector = value if self.vector is None else self.vector * value
+                outside = outside | ~((value >= 0) & value.isfinite()).all()
                 factor = factor * value.mean()
                 continue
-            if value.ndim:
-                raise PluginError(
-                    f"damping gate {name!r} returned a {part} factor of shape "
-                    f"{tuple(value.shape)}; it must be 0-d"
-                )
-            value = value.to(one)  # noqa: PLW2901
-            if getattr(gate, "bounded", True):
-                # Of a step that is skipped anyway nothing is asked: its loss may be NaN.
-                outside = ~((value >= 0) & (value <= 1)) & ~self.skip
-                broken = broken + outside.float()
+            if bounded:
+                outside = outside | ~((value >= 0) & (value <= 1))
+            else:
+                outside = outside | ~((value >= 0) & value.isfinite())
             factor = factor * value
             if part == "gradient":
                 self.gradient = self.gradient * value
@@ -87,15 +139,18 @@ class Factors:
                 self.step = self.step * value
                 self.steps_damped = True
         self.factors.append(factor)
-        self.broken.append(broken)
+        # Of a step that is skipped anyway nothing is asked: its loss may be NaN.
+        self.broken.append((outside & ~self.skip).float())
+        self.explained |= {f"{name}_{k}": v.to(one) for k, v in answer.explained.items()}
 
-    def explain(self, name: str, gate: DampingGate) -> None:
-        """Note what the gate says of this step, if it says anything."""
-        explain = getattr(gate, "explain", None)
-        if explain is None:
-            return
-        for key, value in explain().items():
-            self.explained[f"{name}_{key}"] = value.to(self.gradient)
+    def _require_shapes(self, damping: Damping) -> None:
+        for part, value in zip(Damping._fields, damping, strict=True):
+            wanted = [(), (self.tensors,)] if part == "gradient" else [()]
+            if value is not None and tuple(value.shape) not in wanted:
+                raise PluginError(
+                    f"returned a {part} of shape {tuple(value.shape)}; it must be 0-d"
+                    + (f" or one a tensor, ({self.tensors},)" if part == "gradient" else "")
+                )
 
     def read(self) -> tuple[bool, float, float]:
         """Bring skip and the two factors to the host, at once."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer
 
 from ars_kit.damping import load_named_state
 from ars_kit.data import Corpus
 from ars_kit.errors import PluginError
 from ars_kit.host import Host
 from ars_kit.inherit import derive_opt_state, inherited_share
+from ars_kit.judge import judge
 from ars_kit.measure import convergence_step, final_loss
 from ars_kit.models import (
     build,
@@ -35,7 +35,7 @@ from ars_kit.models import (
 from ars_kit.optim import build_optimizer
 from ars_kit.outcome import read_metrics
 from ars_kit.report import model_card
-from ars_kit.spec import Birth, Evaluand, InheritanceStrategy, Parent, Seed
+from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed
 from ars_kit.store import RunFolder, read_history
 from ars_kit.tokens import Batches, heldout_windows
 from ars_kit.train import (
@@ -173,7 +173,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         family.watcher.born(member.name, facts)
     train_member(job)
     if accelerator.is_main_process:
-        quality = judge(family, member.name, model)
+        quality = judge(family.host, settings, member.name, model, family.corpus)
         metrics = _metrics(family, member, job, facts, quality)
         _commit(family, member, model, metrics)
     accelerator.wait_for_everyone()
@@ -197,8 +197,12 @@ def bear(
     fresh = {name: tensor.clone() for name, tensor in weights_of(model).items()}
     rng = torch.Generator().manual_seed(seed_number)
     birth = Birth(member.name, member.config, fresh, rng)
-    seed = family.strategy.inherit(parent, birth)
     name = family.plan.settings.family.strategy.name
+    strategy = family.strategy
+    with family.host.blaming("strategies", name, f"at the birth of {member.name}"):
+        seed = strategy.inherit(parent, birth)
+    if not isinstance(seed, Seed):
+        raise PluginError(f"inheritance strategy {name!r} bore a {type(seed).__name__}, no Seed")
     try:
         set_weights(model, seed.weights)
     except ValueError as error:
@@ -232,46 +236,6 @@ def member_seed(seed: int, name: str) -> int:
     """Return the seed of one member's draws, so that no two members' fresh weights are alike."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits without a sign
-
-
-def judge(family: Family, name: str, model: PreTrainedModel) -> dict[str, float | None]:
-    """Ask every chosen evaluator about a model."""
-    settings = family.plan.settings
-    model.eval()
-    found: dict[str, float | None] = {}
-    for choice in settings.run.evaluators:
-        evaluator = family.host.make("evaluators", choice)
-        evaluand = evaluand_of(
-            name,
-            model,
-            family.corpus,
-            context=settings.data.sequence_length,
-            limit=settings.data.heldout_tokens,
-            batch_size=settings.train.batch_size // settings.train.accumulation,
-        )
-        found |= dict(evaluator(evaluand))
-    return found
-
-
-def evaluand_of(
-    name: str,
-    model: PreTrainedModel,
-    corpus: Corpus,
-    *,
-    context: int,
-    limit: int | None,
-    batch_size: int,
-) -> Evaluand:
-    """Put a model and a corpus's held-out side before an evaluator."""
-    return Evaluand(
-        name=name,
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(str(corpus.tokenizer_dir)),
-        heldout=heldout_windows(corpus.heldout, context, limit),
-        context=context,
-        bytes_per_token=corpus.heldout_bytes_per_token,
-        batch_size=batch_size,
-    )
 
 
 def _probe(family: Family) -> torch.Tensor:
@@ -325,7 +289,7 @@ def _metrics(
     summary = job.optimizer.summary()
     converged = convergence_step(losses)
     steps_per_iteration = settings.train.steps_per_iteration
-    return {
+    head = {
         "model_id": member.name,
         "parent_model": member.parent,
         "training_time": meter.seconds,
@@ -334,7 +298,8 @@ def _metrics(
         "ars_damping_avg": summary["damping"],
         "vram_usage_peak": None if meter.peak_vram is None else meter.peak_vram / 1e9,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        **quality,
+    }
+    rest = {
         "convergence_steps": converged,
         "steps": member.steps,
         "tokens": meter.tokens,
@@ -358,6 +323,13 @@ def _metrics(
         "processes": family.accelerator.num_processes,
         "versions": _versions(),
     }
+    clash = quality.keys() & (head.keys() | rest.keys())
+    if clash:
+        raise PluginError(
+            f"an evaluator returned {', '.join(sorted(clash))}, which the run measures itself; the "
+            "member is trained and kept as a training state: run again without it"
+        )
+    return {**head, **quality, **rest}
 
 
 def _commit(

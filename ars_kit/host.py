@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,16 @@ SINGULAR: Mapping[Kind, str] = {
     "evaluators": "evaluator",
     "data_sources": "data source",
 }
+
+PROMISES: Mapping[Kind, tuple[str, ...]] = {
+    "optimizers": ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict"),
+    "wrappers": ("items", "keys"),
+    "gates": ("__call__", "state_dict", "load_state_dict"),
+    "strategies": ("inherits", "supports", "inherit"),
+    "evaluators": ("__call__",),
+    "data_sources": ("fingerprint", "documents"),
+}
+"""What every made thing of a kind has."""
 
 LOAD_LIMIT = 30.0
 """Seconds a plugin may take to be imported and to name its offers."""
@@ -82,17 +93,19 @@ class Host:
         """Read the ``ars_kit`` entry points of every installed distribution.
 
         Args:
-            without: entry-point names to leave out (the environment's ``ARSKIT_WITHOUT``).
+            without: plugins to leave out, by entry point or by distribution (the environment's
+                ``ARSKIT_WITHOUT``).
         """
         skip = set(without)
         found = sorted(entry_points(group=PROJECT), key=lambda e: (_plugin(e).distribution, e.name))
         host = cls()
         for entry in found:
-            if entry.name in skip:
-                continue
             plugin = _plugin(entry)
+            if skip & {plugin.name, plugin.distribution}:
+                continue
             try:
-                with _at_most(LOAD_LIMIT):
+                # What a plugin prints while it is loaded is no part of a command's result.
+                with _at_most(LOAD_LIMIT), contextlib.redirect_stdout(sys.stderr):
                     host.register(entry.load(), plugin)
             except _TooLongError:
                 host.quarantined[plugin] = f"was not loaded after {LOAD_LIMIT:g} seconds"
@@ -136,7 +149,7 @@ class Host:
             who = " and ".join(str(f.plugin) for f in found)
             raise PluginError(
                 f"{what} {name!r} is offered twice, by {who}; "
-                f"leave one out: ARSKIT_WITHOUT={found[-1].plugin.name}"
+                f"leave one out: ARSKIT_WITHOUT={self._handle(found[-1].plugin)}"
             )
         names = self.names(kind)
         message = (
@@ -149,9 +162,14 @@ class Host:
     def complaints(self) -> list[str]:
         """Return one line for each quarantined plugin: who, why, and how to go on without it."""
         return [
-            f"plugin {plugin} {why}. To go on without it: ARSKIT_WITHOUT={plugin.name}"
+            f"plugin {plugin} {why}. To go on without it: ARSKIT_WITHOUT={self._handle(plugin)}"
             for plugin, why in self.quarantined.items()
         ]
+
+    def _handle(self, plugin: Plugin) -> str:
+        """Return what leaves this plugin out, and no other."""
+        names = [p.name for p in (*self.plugins, *self.quarantined)]
+        return plugin.name if names.count(plugin.name) == 1 else plugin.distribution
 
     def check(self, kind: Kind, choice: Choice, extra: Iterable[str] = ()) -> dict[str, Any]:
         """Return the typed settings of a choice without making anything.
@@ -165,7 +183,7 @@ class Host:
             PluginError: no such offer.
             ConfigError: a setting it does not have, or of the wrong type.
         """
-        make = self.listing(kind, choice.name).offer.make
+        listing = self.listing(kind, choice.name)
         supplied = set(extra)
         clash = supplied & set(choice.settings)
         if clash:
@@ -173,28 +191,52 @@ class Host:
                 f"{choice.name!r}: {', '.join(sorted(clash))} is set by the run itself; "
                 "use the run's own option"
             )
-        return bind(repr(choice.name), make, choice.settings, supplied)
+        with self.blaming(kind, choice.name, "when its settings were read"):
+            return bind(repr(choice.name), listing.offer.make, choice.settings, supplied)
 
     def make(self, kind: Kind, choice: Choice, *args: Any, **supplied: Any) -> Any:
         """Make what was chosen.
 
         Raises:
-            PluginError: no such offer, or its ``make`` raised.
+            PluginError: no such offer, or its ``make`` raised or made something else.
             ConfigError: a setting does not fit.
         """
         listing = self.listing(kind, choice.name)
         settings = self.check(kind, choice, supplied)
+        with self.blaming(kind, choice.name, "when it was made"):
+            try:
+                made = listing.offer.make(*args, **settings, **supplied)
+            except ValueError as error:
+                raise ConfigError(f"{choice.name!r}: {error}") from error
+        who = f"{SINGULAR[kind]} {choice.name!r} of plugin {listing.plugin}"
+        _require(kind, who, made)
+        if kind == "wrappers":
+            for name, gate in made.items():
+                _require("gates", f"gate {name!r} of {who}", gate)
+        return made
+
+    @contextlib.contextmanager
+    def blaming(self, kind: Kind, name: str, when: str) -> Iterator[None]:
+        """Name the plugin that offers ``name`` where its code raises, or calls ``sys.exit``.
+
+        Raises:
+            PluginError: anything else than what this package raises itself, or a lack of memory.
+        """
         try:
-            return listing.offer.make(*args, **settings, **supplied)
-        except ArsKitError:
+            yield
+        except (ArsKitError, MemoryError):
             raise
-        except ValueError as error:
-            raise ConfigError(f"{choice.name!r}: {error}") from error
-        except Exception as error:
-            raise PluginError(
-                f"{SINGULAR[kind]} {choice.name!r} of plugin {listing.plugin} "
-                f"could not be made: {error!r}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
+                raise
+            who = f"{SINGULAR[kind]} {name!r} of plugin {self.listing(kind, name).plugin}"
+            raise PluginError(f"{who} failed {when}: {error!r}") from error
+
+
+def _require(kind: Kind, who: str, made: object) -> None:
+    lacks = [name for name in PROMISES[kind] if not hasattr(made, name)]
+    if lacks:
+        raise PluginError(f"{who} is a {type(made).__name__}, which has no {', '.join(lacks)}")
 
 
 class _TooLongError(BaseException):

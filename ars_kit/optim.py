@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ars_kit.errors import ConfigError, PluginError
@@ -30,13 +30,18 @@ def check_optimizer(host: Host, settings: OptimizerSettings) -> None:
         PluginError: a name nobody offers.
         ConfigError: a setting that does not fit, or a gate left out that is not there.
     """
-    wrapper, base = _wrapper_and_base(host, settings)
+    import torch  # noqa: PLC0415 -- slow to import
+
+    _, base = _wrapper_and_base(host, settings)
     host.check("optimizers", base, extra=("lr",))
-    if wrapper is not None:
-        host.check("wrappers", wrapper)
-    for gate in settings.gates:
-        host.check("gates", gate)
     build_gates(host, settings, position=0.0)
+    # Made once over a few numbers: what it refuses is said before anything is trained.
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(shape))], "names": [role], "role": role,
+         "lr": 1e-3, "weight_decay": 0.0}
+        for role, shape in (("matrix", (2, 2)), ("embedding", (2, 2)), ("vector", (2,)))
+    ]  # fmt: skip
+    host.make("optimizers", base, groups, lr=1e-3)
 
 
 def build_gates(
@@ -56,10 +61,7 @@ def build_gates(
     if wrapper is None:
         stack: dict[str, DampingGate] = {GUARD.name: host.make("gates", GUARD)}
     else:
-        made = host.make("wrappers", _placed(host, wrapper, settings, position))
-        if not isinstance(made, Mapping):
-            raise PluginError(f"optimizer wrapper {wrapper.name!r} made no mapping of gates")
-        stack = dict(made)
+        stack = dict(host.make("wrappers", _placed(host, wrapper, settings, position)))
     for choice in settings.gates:
         stack[choice.name] = host.make("gates", choice)
     for name in settings.without:
@@ -97,7 +99,20 @@ def build_optimizer(
     _, base = _wrapper_and_base(host, settings)
     optimizer = host.make("optimizers", base, list(groups), lr=lr)
     gates = build_gates(host, settings, position=position)
-    return DampedOptimizer(optimizer, gates, reduce=reduce)
+    return DampedOptimizer(optimizer, gates, reduce=reduce, owners=_owners(host, settings, gates))
+
+
+def _owners(host: Host, settings: OptimizerSettings, gates: Iterable[str]) -> dict[str | None, str]:
+    """Name the plugin that each gate, and under None the base optimizer, comes from."""
+    wrapper, base = _wrapper_and_base(host, settings)
+    own = (
+        host.listing("gates", GUARD.name)
+        if wrapper is None
+        else host.listing("wrappers", wrapper.name)
+    )
+    added = {choice.name: host.listing("gates", choice.name) for choice in settings.gates}
+    found: dict[str | None, str] = {name: str(added.get(name, own).plugin) for name in gates}
+    return found | {None: str(host.listing("optimizers", base.name).plugin)}
 
 
 def _wrapper_and_base(host: Host, settings: OptimizerSettings) -> tuple[Choice | None, Choice]:

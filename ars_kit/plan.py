@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,11 +132,16 @@ def plan_run(settings: Settings, host: Host) -> RunPlan:
     check_optimizer(host, settings.optimizer)
     host.check("data_sources", parse_source(settings.data.source, host))
     for evaluator in settings.run.evaluators:
-        host.check("evaluators", evaluator)
+        host.make("evaluators", evaluator)
     strategy: InheritanceStrategy = host.make("strategies", settings.family.strategy)
     device = pick_device(settings.train.device)
     precision = _precision(settings.train.precision, device)
-    members = _members(settings, strategy)
+
+    def refusal(parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
+        with host.blaming("strategies", settings.family.strategy.name, "asked what it supports"):
+            return strategy.supports(parent, child)
+
+    members = _members(settings, bool(strategy.inherits), refusal)
     memory = _available_memory(device)
     return RunPlan(settings, members, str(device), precision, memory_available=memory)
 
@@ -203,7 +209,11 @@ def _precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16"]:
     return "bf16" if wanted == "bf16" else "fp32"
 
 
-def _members(settings: Settings, strategy: InheritanceStrategy) -> tuple[MemberPlan, ...]:
+def _members(
+    settings: Settings,
+    inherits: bool,
+    refusal: Callable[[PretrainedConfig, PretrainedConfig], str | None],
+) -> tuple[MemberPlan, ...]:
     depths = parse_members(settings.family.members)
     configs = _configs(settings, depths)
     train, data = settings.train, settings.data
@@ -211,15 +221,15 @@ def _members(settings: Settings, strategy: InheritanceStrategy) -> tuple[MemberP
     members: list[MemberPlan] = []
     base = settings.family.base
     for i, (depth, config) in enumerate(zip(depths, configs, strict=True)):
-        previous = members[-1] if members and strategy.inherits else None
+        previous = members[-1] if members and inherits else None
         origin = previous.config if previous else (load_base_config(base) if base else None)
-        reason = strategy.supports(origin, config) if origin is not None else None
+        reason = refusal(origin, config) if origin is not None else None
         if reason:
             raise ConfigError(f"d{depth} cannot inherit: {reason}")
         limit = getattr(config, "max_position_embeddings", context)
         if context > limit:
             raise ConfigError(f"data.sequence_length {context} is more than the model's {limit}")
-        heir = i > 0 and strategy.inherits
+        heir = i > 0 and inherits
         iterations = train.iterations[1] if heir else train.iterations[0]
         per_step = train.batch_size * context
         steps = (

@@ -13,16 +13,17 @@ from ars_kit.errors import ConfigError
 from ars_kit.family import (
     Family,
     FamilyWatcher,
-    evaluand_of,
     make_accelerator,
     run_family,
 )
 from ars_kit.host import Host
+from ars_kit.judge import judge
 from ars_kit.models import load_member
 from ars_kit.outcome import FROZEN, best_of, record_best
 from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
 from ars_kit.report import report
 from ars_kit.settings import Settings, differences, resolve, to_toml
+from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, locate
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
@@ -78,7 +79,7 @@ def open_corpus(
     settings: Settings, host: Host, cache: Path, progress: Progress | None = None
 ) -> Corpus:
     """Prepare the run's text, or find it in the cache."""
-    source = host.make("data_sources", parse_source(settings.data.source, host))
+    source = NamedSource(host, parse_source(settings.data.source, host))
     base = settings.family.base
     spec: TokenizerSpec = Pretrained(base) if base else TrainBPE(settings.family.vocab_size)
     train, heldout = require_batch(settings)
@@ -111,7 +112,7 @@ def evaluate(
     for name in names:
         path = locate(name, out)
         # The model's own tokenizer decides what its text looks like in tokens.
-        source = host.make("data_sources", parse_source(settings.data.source, host))
+        source = NamedSource(host, parse_source(settings.data.source, host))
         corpus = prepare(
             source,
             tokenizer=_own_tokenizer(settings, path),
@@ -120,18 +121,10 @@ def evaluate(
             need_heldout=2,
         )
         model = load_member(path).to(pick_device(settings.train.device))  # type: ignore[arg-type]
-        figures: dict[str, Any] = {"model_id": path.name if name == "best" else name}
-        for choice in settings.run.evaluators:
-            evaluand = evaluand_of(
-                name,
-                model,
-                corpus,
-                context=settings.data.sequence_length,
-                limit=settings.data.heldout_tokens,
-                batch_size=settings.train.batch_size,
-            )
-            figures |= host.make("evaluators", choice)(evaluand)
-        found.append(figures)
+        label = path.name if name == "best" else name
+        chosen = settings.run.evaluators if "run.evaluators" in overrides else None
+        figures = judge(host, settings, label, model, corpus, choices=chosen)
+        found.append({"model_id": label, **figures})
     return found
 
 

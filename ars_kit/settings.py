@@ -119,7 +119,7 @@ class RunSettings:
     """What changes nothing in the trained weights."""
 
     evaluators: tuple[Choice, ...] = (Choice("perplexity"),)
-    """Judges of each finished member."""
+    """Judges of each finished member; perplexity judges in any case."""
     price_per_hour: float = 0.44
     """Price of the machine in dollars per hour."""
     save_every: int = 100

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ars_kit.errors import DivergedError, Interrupted, Preempted
+from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError, Preempted
 from ars_kit.measure import Meter
 from ars_kit.models import set_weights, weights_of
 from ars_kit.schedule import lr_factor
+from ars_kit.state import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,7 @@ class Trainee:
     warmup: int
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
+    saved: int = 0  # steps after which the newest training state was kept
 
 
 def train_member(job: Trainee) -> None:
@@ -90,7 +92,10 @@ def train_member(job: Trainee) -> None:
 
     Raises:
         DivergedError: too many steps in a row were not finite.
+        PluginError: a plugin broke its promise; the state before that step is saved, or the
+            newest one stays where the step was only found out later.
         Preempted: SIGTERM came; the state is saved. :class:`Interrupted` for SIGINT.
+        ArsKitError: the device ran out of memory.
     """
     plan, run = job.plan, job.settings.run
     first = resume(job)
@@ -100,7 +105,8 @@ def train_member(job: Trainee) -> None:
     wrapped.train()
     job.meter.start(job.accelerator.device)
     for step in range(first, plan.steps):
-        train_step(job, wrapped, step)
+        with what_breaks(job, step):
+            train_step(job, wrapped, step)
         done = step + 1
         asked = _asked_to_stop(job, done)
         saves = done % run.save_every == 0 or done == plan.steps or asked
@@ -144,6 +150,28 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
 
 
+@contextmanager
+def what_breaks(job: Trainee, step: int) -> Iterator[None]:
+    """Say what to do about a step that a plugin broke or that did not fit, and lose nothing."""
+    try:
+        yield
+    except PluginError as error:
+        if job.optimizer.intact and step > job.saved:
+            log(job, step)
+            save(job, step, together=False)  # other ranks may have taken the step
+        raise PluginError(f"{error}; {_what_is_kept(job)}") from error
+    except torch.OutOfMemoryError as error:
+        raise ArsKitError(
+            f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: raise "
+            f"--accumulation, or lower --batch-size or --sequence-length; {_what_is_kept(job)}"
+        ) from error
+
+
+def _what_is_kept(job: Trainee) -> str:
+    kept = f"the state after {job.saved} steps is kept" if job.saved else "nothing was kept yet"
+    return f"{kept}. Once it is mended, run the same command again to go on with {job.plan.name}"
+
+
 def set_rates(optimizer: DampedOptimizer, factor: float) -> None:
     """Set each group's learning rate to ``factor`` of its peak, in place where it is a tensor."""
     for group in optimizer.param_groups:
@@ -171,9 +199,13 @@ def resume(job: Trainee) -> int:
     """Load the newest training state, if there is one; returns the next step."""
     found = job.folder.load_state(job.plan.name)
     step, tree = found or (0, None)
+    job.saved = step
     if tree is not None:
         set_weights(job.model, tree["weights"])
-        job.optimizer.load_state_dict(tree["optimizer"])
+        try:
+            job.optimizer.load_state_dict(tree["optimizer"])
+        except PluginError as error:
+            raise PluginError(f"{error}; {_what_is_kept(job)}") from error
         job.meter.load_state_dict(tree["meter"])
         job.bad_in_a_row = tree["bad_in_a_row"]
     if job.accelerator.is_main_process:
@@ -182,11 +214,17 @@ def resume(job: Trainee) -> int:
     return step
 
 
-def save(job: Trainee, step: int) -> None:
+def save(job: Trainee, step: int, *, together: bool = True) -> None:
     """Commit the training state after ``step`` steps; one process writes.
+
+    Args:
+        job: what is trained.
+        step: steps done.
+        together: wait for the other processes.
 
     Raises:
         DivergedError: a weight is not finite; the state before stays.
+        PluginError: a plugin's own state cannot be saved.
     """
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
@@ -197,9 +235,24 @@ def save(job: Trainee, step: int) -> None:
             "meter": job.meter.state_dict(),
             "bad_in_a_row": job.bad_in_a_row,
         }
-        job.folder.save_state(job.plan.name, tree, step=step)
-    job.accelerator.wait_for_everyone()
+        try:
+            job.folder.save_state(job.plan.name, tree, step=step)
+        except TypeError as error:
+            raise PluginError(f"{_culprit(job, tree)}; {_what_is_kept(job)}") from error
+    job.saved = step
+    if together:
+        job.accelerator.wait_for_everyone()
     job.meter.start(job.accelerator.device)
+
+
+def _culprit(job: Trainee, tree: dict[str, Any]) -> str:
+    """Say whose state it is that cannot be packed."""
+    for name, state in tree["optimizer"]["damping"]["gates"].items():
+        try:
+            pack(state)
+        except TypeError as error:
+            return f"{job.optimizer.called(name)} has a state that cannot be saved: its {error}"
+    return f"{job.optimizer.called(None)} has a state that cannot be saved"
 
 
 def _require_finite(job: Trainee) -> None:
@@ -213,7 +266,10 @@ def _require_finite(job: Trainee) -> None:
 
 def log(job: Trainee, done: int) -> None:
     """Read what the device recorded since the last time, once for many steps."""
-    rows = job.optimizer.drain()
+    try:
+        rows = job.optimizer.drain()
+    except PluginError as error:
+        raise PluginError(f"{error}; {_what_is_kept(job)}") from error
     for row in rows:
         bad = row["skipped"] or not math.isfinite(row["loss"])
         job.bad_in_a_row = job.bad_in_a_row + 1 if bad else 0

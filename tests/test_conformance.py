@@ -2,25 +2,35 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from torch import Tensor
 
 from ars_kit.cli import cli
 from ars_kit.conformance import Finding, check_gates
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host, Plugin
-from ars_kit.spec import DampingGate, Offer, hookimpl
+from ars_kit.spec import DampingGate, Offer, StepSignal, hookimpl
 
 
 class Named:
-    """No gate; tells the check what it should find."""
+    """A gate that tells the check what it should find."""
 
     def __init__(self, *, says: str = "") -> None:
         self.says = says
+
+    def __call__(self, signal: StepSignal) -> Tensor:
+        return signal.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def needy(*, limit: float) -> Named:

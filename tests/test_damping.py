@@ -11,9 +11,10 @@ from ars_kit.damping import DampedOptimizer, load_named_state, named_state
 from ars_kit.errors import PluginError
 from ars_kit.factors import alignment_of
 from ars_kit.spec import Damping, StepSignal
+from ars_kit.state import pack, unpack
 from ars_kit_plugins import optimizers
 from ars_kit_plugins.ars import ARS
-from ars_kit_plugins.gating import ClipGate, EntropyGuard, Guard, SurpriseGate
+from ars_kit_plugins.gating import ClipGate, EntropyGuard, Guard, NormMemory, SurpriseGate
 
 
 class Factor:
@@ -277,6 +278,60 @@ def test_without_a_first_moment_nobody_knows_the_alignment() -> None:
     bare = torch.optim.SGD(model.parameters(), lr=0.1)
     bare.step()
     assert alignment_of(bare, torch.ones(4)).isnan()
+
+
+def test_a_step_that_broke_off_is_taken_up_with_the_answers_it_had() -> None:
+    """Gates that learned from the step before another one raised do not learn from it twice."""
+
+    class Raises(Factor):
+        broken = True
+
+        def __call__(self, signal: StepSignal) -> Any:
+            if signal.step == 40 and self.broken:
+                raise KeyError("x")
+            return torch.ones(())
+
+    def optimizer(task: Any) -> DampedOptimizer:
+        gates = {"surprise": SurpriseGate(), "norm-memory": NormMemory(), "bad": Raises(0)}
+        return DampedOptimizer(BASES["adamw"](task[0]), gates)
+
+    def weights(task: Any) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in task[0].parameters()]
+
+    whole, broken, again = problem(), problem(), problem()
+    ends = optimizer(whole)
+    ends.gates["bad"].broken = False  # type: ignore[attr-defined]
+    train(ends, whole, 60)
+
+    breaks = optimizer(broken)
+    with pytest.raises(PluginError, match="'bad' failed at step 40"):
+        train(breaks, broken, 60)
+    assert breaks.intact
+    tensors, skeleton = pack(breaks.state_dict())
+    again[0].load_state_dict(broken[0].state_dict())
+    resumed = optimizer(again)
+    resumed.load_state_dict(unpack(tensors, skeleton))
+    resumed.gates["bad"].broken = False  # type: ignore[attr-defined]
+    train(resumed, again, 20)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+def test_a_base_that_raises_is_named_only_where_its_plugin_is_known() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise KeyError("base")
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    plain = DampedOptimizer(Broken([weight], lr=0.1), {"f": Factor(torch.ones(()))})
+    with pytest.raises(KeyError, match="base"):
+        plain.step(loss=torch.ones(()))
+    named = DampedOptimizer(
+        Broken([weight], lr=0.1), {"f": Factor(torch.ones(()))}, owners={None: "'b' (dist 1)"}
+    )
+    with pytest.raises(PluginError, match=r"of plugin 'b' \(dist 1\) failed at step 0"):
+        named.step(loss=torch.ones(()))
+    assert not named.intact
 
 
 def ask(gate: Any, losses: list[float]) -> list[Damping]:

@@ -2,18 +2,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import SINGULAR, Host, Plugin
 from ars_kit.schema import Choice
-from ars_kit.spec import Hooks, Offer, hookimpl
+from ars_kit.spec import Hooks, Offer, StepSignal, hookimpl
 
 STRANGER = Plugin("stranger", "arskit-stranger", "0.3")
+
+
+class Mine:
+    def __init__(self, *, limit: float = 1.0) -> None:
+        self.limit = limit
+
+    def __call__(self, signal: StepSignal) -> Tensor:
+        return signal.loss.new_full((), self.limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def plugin_of(answer: Any, hook: str = "arskit_gates") -> SimpleNamespace:
@@ -35,8 +51,40 @@ def test_every_hook_is_read() -> None:
 
 def test_a_strangers_gate_registers_like_a_built_in() -> None:
     host = Host.installed()
-    host.register(plugin_of([Offer("mine", "a gate", lambda *, limit=1.0: limit)]), STRANGER)
-    assert host.make("gates", Choice("mine", {"limit": "0.5"})) == 0.5
+    host.register(plugin_of([Offer("mine", "a gate", Mine)]), STRANGER)
+    assert host.make("gates", Choice("mine", {"limit": "0.5"})).limit == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (dict, "failed when its settings were read: ValueError"),
+        (lambda: 1 / 0, r"failed when it was made: ZeroDivisionError"),
+        (lambda: sys.exit(3), r"failed when it was made: SystemExit\(3\)"),
+        (lambda: 0.5, "is a float, which has no __call__, state_dict, load_state_dict"),
+    ],
+)
+def test_what_is_no_gate_is_named_when_it_is_made(make: Any, message: str) -> None:
+    host = Host()
+    host.register(plugin_of([Offer("mine", "a gate", make)]), STRANGER)
+    who = r"damping gate 'mine' of plugin 'stranger' \(arskit-stranger 0\.3\) "
+    with pytest.raises(PluginError, match=who + message):
+        host.make("gates", Choice("mine", {}))
+
+
+def test_a_wrapper_of_what_is_no_gate_is_named() -> None:
+    host = Host()
+    host.register(plugin_of([Offer("w", "", lambda: {"g": 1})], "arskit_wrappers"), STRANGER)
+    with pytest.raises(PluginError, match="gate 'g' of optimizer wrapper 'w' of plugin 'stranger'"):
+        host.make("wrappers", Choice("w", {}))
+
+
+def test_two_plugins_of_one_name_are_left_out_by_their_distributions() -> None:
+    host = Host()
+    for dist in ("arskit-one", "arskit-two"):
+        host.register(plugin_of("nonsense"), Plugin("same", dist, "1"))
+    assert [line.rpartition("=")[2] for line in host.complaints()] == ["arskit-one", "arskit-two"]
+    assert not Host.installed(without=["ars-kit"]).plugins
 
 
 @pytest.mark.parametrize(

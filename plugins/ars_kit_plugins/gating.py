@@ -119,10 +119,10 @@ class SurpriseGate(TensorState):
 class NormMemory(TensorState):
     """Rescale each tensor's gradient g to the norm gamma it has had of late: g gamma / |g|.
 
-    gamma <- decay gamma + (1 - decay) min(|g|, growth gamma), learned only from steps that are
-    neither skipped nor damped below 1/2. A cousin of AdaGC (2502.11034), which only ever shrinks,
-    and of Stable-SPAM (2502.17055). A gradient that was exactly zero so far (the inner weights of
-    a block born as the identity) begins its memory with its first value.
+    gamma <- decay gamma + (1 - decay) min(|g|, growth gamma), learned only from finite norms of
+    steps that are neither skipped nor damped below 1/2. A cousin of AdaGC (2502.11034), which only
+    ever shrinks, and of Stable-SPAM (2502.17055). A gradient that was exactly zero so far (the
+    inner weights of a block born as the identity) begins its memory with its first value.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
@@ -139,7 +139,7 @@ class NormMemory(TensorState):
         gamma = self.gamma
         if gamma is None or gamma.shape != norms.shape:
             gamma = torch.zeros_like(norms)
-        learn = ~signal.skip & (signal.damping > 0.5)
+        learn = ~signal.skip & (signal.damping > 0.5) & norms.isfinite()
         gamma = torch.where((gamma == 0) & learn, norms, gamma)
         usable = (norms > 0) & (gamma > 0) & ~signal.skip
         factor = torch.where(usable, gamma / norms, 1.0)
