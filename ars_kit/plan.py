@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import torch
 
-from ars_kit.errors import ConfigError, DataError
+from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.models import (
@@ -301,8 +301,9 @@ def _replaced(plan: RunPlan, times: list[float], source: str) -> RunPlan:
 
 
 def require_batch(settings: Settings) -> tuple[int, int]:
-    """Return the training and held-out tokens a run cannot do without."""
+    """Return the training and held-out tokens a run cannot do without.
+
+    Two windows at least: each epoch reads them from another offset.
+    """
     length = settings.data.sequence_length
-    if length < 2:
-        raise DataError("data.sequence_length must be at least 2")
-    return settings.train.batch_size * length + 1, length + 1
+    return max(2, settings.train.batch_size) * length + 1, length + 1

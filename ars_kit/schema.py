@@ -148,8 +148,10 @@ def describe(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) if a is not type(None) else "'none'" for a in args)
     if origin in (tuple, list):
-        inner = args[0] if args else str
-        return f"a list ({describe(inner)})"
+        inner = describe(args[0] if args else str)
+        if origin is tuple and args[-1:] != (Ellipsis,) and args:
+            return f"{len(args)} values with a comma between ({inner})"
+        return f"a list ({inner})"
     names: dict[Any, str] = {
         bool: "true or false",
         int: "a whole number",

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -175,6 +176,16 @@ PRETRAINED: Mapping[str, Any] = {
 # Changing these leaves the trained weights as they are, so a run may go on under other values.
 NEUTRAL = frozenset({"run.evaluators", "run.price_per_hour", "run.save_every", "run.log_every"})
 
+POSITIVE = frozenset(
+    {
+        *(f"train.{k}" for k in ("batch_size", "accumulation", "steps_per_iteration", "lr")),
+        *(f"train.{k}" for k in ("iterations", "tokens", "lr_width", "lr_vectors", "max_skipped")),
+        *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect")),
+        *("data.heldout_tokens", "run.save_every", "run.log_every"),
+    }
+)
+NOT_NEGATIVE = frozenset({"train.warmup_steps", "train.weight_decay", "run.price_per_hour"})
+
 
 def keys() -> dict[str, Any]:
     """Return every ``section.key`` with its annotation."""
@@ -310,8 +321,14 @@ def parse_members(text: str) -> tuple[int, ...]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what the environment sets; a misspelt setting is kept, for the complaint."""
     names = {f"ARSKIT_{key.replace('.', '_').upper()}": key for key in keys()}
-    return {names[n]: v for n, v in environment.items() if n in names}
+    sections = tuple(f"ARSKIT_{name.upper()}_" for name in SECTIONS)
+    return {
+        names.get(n) or n.removeprefix("ARSKIT_").lower().replace("_", ".", 1): v
+        for n, v in environment.items()
+        if n.startswith(sections)
+    }
 
 
 def _require_known(key: str, known: Iterable[str], where: str) -> None:
@@ -328,37 +345,38 @@ def _require_known(key: str, known: Iterable[str], where: str) -> None:
 def _check(settings: Settings) -> None:
     """Refuse values that no run can have, before anything is looked at."""
     parse_members(settings.family.members)
-    train, data, family = settings.train, settings.data, settings.family
-    positive = {
-        "train.batch_size": train.batch_size,
-        "train.accumulation": train.accumulation,
-        "train.steps_per_iteration": train.steps_per_iteration,
-        "train.iterations": min(train.iterations),
-        "train.tokens": 1 if train.tokens is None else train.tokens,
-        "train.lr": train.lr,
-        "train.lr_vectors": train.lr_vectors,
-        "train.max_skipped": train.max_skipped,
-        "data.sequence_length": data.sequence_length,
-        "family.vocab_size": family.vocab_size,
-        "family.head_dim": family.head_dim,
-        "family.aspect": family.aspect,
-        "run.save_every": settings.run.save_every,
-        "run.log_every": settings.run.log_every,
-    }
-    for key, value in positive.items():
-        if not value > 0:  # a NaN is caught too
-            raise ConfigError(f"{key} must be greater than 0, not {value}")
+    _check_values(settings.flat())
+    _check_family(settings.family)
+    train, added = settings.train, [gate.name for gate in settings.optimizer.gates]
     if train.batch_size % train.accumulation:
         raise ConfigError(
             f"train.batch_size {train.batch_size} cannot be split into "
             f"{train.accumulation} equal micro-batches; change train.accumulation"
         )
-    if not 0 < data.heldout_fraction < 0.9:
-        raise ConfigError(
-            f"data.heldout_fraction must lie in (0, 0.9), not {data.heldout_fraction}"
-        )
-    if not 0 <= train.decay_fraction <= 1:
-        raise ConfigError(f"train.decay_fraction must lie in [0, 1], not {train.decay_fraction}")
+    for name in added:
+        if added.count(name) > 1:
+            raise ConfigError(f"damping gate {name!r} is added twice; a run has one of a name")
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    for key in ("data.source", "family.base"):
+        if values[key] is not None and not values[key].strip():
+            raise ConfigError(f"{key} is empty; name something, or leave it out")
+    for key, value in values.items():
+        least = min(value) if key == "train.iterations" else value
+        if key in POSITIVE and least is not None and not 0 < least < math.inf:  # no NaN either
+            raise ConfigError(f"{key} must be greater than 0, not {least}")
+        if key in NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise ConfigError(f"{key} must be 0 or more, not {value}")
+    if values["data.sequence_length"] < 2:
+        raise ConfigError("data.sequence_length must be 2 or more: a window and its targets")
+    if not 0 < (share := values["data.heldout_fraction"]) < 0.9:
+        raise ConfigError(f"data.heldout_fraction must lie in (0, 0.9), not {share}")
+    if not 0 <= (share := values["train.decay_fraction"]) <= 1:
+        raise ConfigError(f"train.decay_fraction must lie in [0, 1], not {share}")
+
+
+def _check_family(family: FamilySettings) -> None:
     if family.base is None and family.depth != "miniseries":
         raise ConfigError(f"family.depth = {family.depth!r} needs a base; name one with --base")
     if family.base is not None and family.depth == "miniseries":

@@ -125,6 +125,17 @@ def test_a_base_changes_the_defaults() -> None:
         ({"family.depth": "grow"}, "needs a base"),
         ({"family.vocab_size": "200"}, "too small"),
         ({"data.heldout_fraction": "1"}, "must lie in"),
+        ({"train.lr": "inf"}, "greater than 0"),
+        ({"run.price_per_hour": "-1"}, "run.price_per_hour must be 0 or more"),
+        ({"run.price_per_hour": "nan"}, "run.price_per_hour must be 0 or more"),
+        ({"train.warmup_steps": "-5"}, "train.warmup_steps must be 0 or more"),
+        ({"train.weight_decay": "-1"}, "train.weight_decay must be 0 or more"),
+        ({"data.heldout_tokens": "0"}, "data.heldout_tokens must be greater than 0"),
+        ({"data.sequence_length": "1"}, "data.sequence_length must be 2 or more"),
+        ({"data.source": " "}, "data.source is empty"),
+        ({"family.base": "", "family.depth": "same"}, "family.base is empty"),
+        ({"optimizer.gates": ["clip", "clip:limit=2"]}, "'clip' is added twice"),
+        ({"train.iterations": "5"}, r"must be 2 values with a comma between \(a whole number\)"),
     ],
 )
 def test_bad_settings_get_one_line(flags: dict[str, str], message: str) -> None:
@@ -139,6 +150,12 @@ def test_bad_files_get_one_line(tmp_path: Path, body: str) -> None:
     file.write_text(body)
     with pytest.raises(ConfigError):
         resolve({}, {}, file)
+
+
+def test_a_misspelt_variable_is_refused_and_other_programs_are_left_alone() -> None:
+    with pytest.raises(ConfigError, match=r"environment: no setting 'train.lrr' \(did you mean"):
+        resolve({}, {"ARSKIT_TRAIN_LRR": "1"})
+    assert resolve({}, {"ARSKIT_CACHE": "x", "ARSKIT_TEST_KILLS": "1", "TRAIN_LR": "1"})
 
 
 def test_members() -> None:
