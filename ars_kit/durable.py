@@ -194,6 +194,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def byte_count(count: float) -> str:
+    """Return a number of bytes as a person says it: ``340 kB``, ``1.2 GB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, survive a power cut."""
     if sys.platform == "win32":  # directories cannot be synced there, files only when writable
@@ -233,7 +241,7 @@ def _error_number(error: Exception) -> int:
     """Return the system's number of an error, 0 if it has none."""
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors writes from Rust and leaves the number in its message only.
-    found = re.search(r"os error (\d+)", str(error))
-    is_safetensors = type(error).__name__ == "SafetensorError"
-    return int(found.group(1)) if found and is_safetensors else 0
+    # safetensors and tokenizers write from Rust and leave the number in their message only.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    from_rust = type(error).__name__ in {"SafetensorError", "Exception"}
+    return int(found.group(1)) if found and from_rust else 0

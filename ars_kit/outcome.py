@@ -14,8 +14,8 @@ from ars_kit.store import BEST, RunFolder, read_history
 FROZEN = "run.toml"
 
 
-def frozen_settings(out: Path) -> Settings:
-    """Return the settings a folder's run was started with.
+def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings a folder's run was started with, ``flags`` over them.
 
     Raises:
         ConfigError: there is no run.
@@ -23,7 +23,7 @@ def frozen_settings(out: Path) -> Settings:
     path = out / FROZEN
     if not path.exists():
         raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
-    return resolve({}, {}, path)
+    return resolve(flags or {}, {}, path)
 
 
 def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:

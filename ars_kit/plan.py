@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,9 @@ PROBE_LIMIT = 50_000_000
 """Members up to this many parameters are timed by a trial step; larger ones by arithmetic."""
 PROBE_FLOPS = 5e11
 """And micro-batches up to this many FLOPs: a trial must not take longer than a few seconds."""
+
+HISTORY_ROW = 400
+"""Bytes of a step's line in history.jsonl, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,15 @@ class RunPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the members and two training states need on disk."""
-        return sum(4 * m.parameters for m in self.members) + 2 * 12 * self.members[-1].parameters
+        """What the whole run needs on disk."""
+        return self.disk_bytes_for(self.members)
+
+    def disk_bytes_for(self, members: Sequence[MemberPlan]) -> int:
+        """Return what members still to come need on disk, with two training states of the last."""
+        if not members:
+            return 0
+        kept = sum(4 * m.parameters + HISTORY_ROW * m.steps for m in members)
+        return kept + 2 * 12 * members[-1].parameters
 
     def facts(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""

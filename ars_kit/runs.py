@@ -41,8 +41,11 @@ def execute(
     watcher: FamilyWatcher,
     progress: Progress | None = None,
     restart: bool = False,
-) -> tuple[list[dict[str, Any]], str]:
-    """Run a plan to its end, or on from where it stopped; returns all metrics and the best.
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run a plan to its end, or on from where it stopped.
+
+    Returns:
+        All metrics, and the member with the lowest held-out loss, if any was measured.
 
     Raises:
         ConfigError: the folder is in use, or holds a run of another plan.
@@ -51,6 +54,7 @@ def execute(
     """
     stop = Stop()
     accelerator = make_accelerator(plan)
+    _require_equal_parts(plan.settings, accelerator.num_processes)
     folder = RunFolder(out)
     guard = folder.lock() if accelerator.is_main_process else nullcontext()
     with guard, stop.listening():
@@ -58,7 +62,9 @@ def execute(
             if restart:
                 folder.start_anew()
             _require_same_plan(folder, plan.settings)
-            folder.preflight(plan.disk_bytes)
+            folder.preflight(
+                plan.disk_bytes_for([m for m in plan.members if not folder.holds(m.name)])
+            )
         with accelerator.main_process_first():
             corpus = open_corpus(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
@@ -66,13 +72,25 @@ def execute(
         accelerator.wait_for_everyone()
         family = Family(plan, host, folder, corpus, watcher, stop, accelerator)
         metrics = run_family(family)
-        best = metrics[-1]["model_id"]
-        if all(m.get("heldout_loss") is not None for m in metrics):
-            best = best_of(metrics)
-            if accelerator.is_main_process:
-                folder.write_text("report.md", report(metrics, best))
-                record_best(folder, best, "heldout_loss")
+        if all(m.get("heldout_loss") is None for m in metrics):
+            return metrics, None
+        best = best_of(metrics)
+        if accelerator.is_main_process:
+            folder.write_text("report.md", report(metrics, best))
+            record_best(folder, best, "heldout_loss")
         return metrics, best
+
+
+def check_folder(out: Path, settings: Settings, *, restart: bool) -> None:
+    """Refuse a folder before any text is prepared for it; :func:`execute` asks again.
+
+    Raises:
+        ConfigError: the folder is in use, or holds a run of another plan.
+    """
+    folder = RunFolder(out)
+    folder.require_free()
+    if not restart:
+        _require_same_plan(folder, settings)
 
 
 def open_corpus(
@@ -137,9 +155,18 @@ def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
     return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
 
 
+def _require_equal_parts(settings: Settings, processes: int) -> None:
+    train = settings.train
+    if train.batch_size % (processes * train.accumulation):
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} cannot be split into {train.accumulation} "
+            f"micro-batches on each of {processes} processes"
+        )
+
+
 def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
     path = folder.path / FROZEN
-    if not path.exists():
+    if not path.exists() or not folder.holds_work():  # a plan that came to nothing binds nobody
         return
     changed = differences(resolve({}, {}, path), settings)
     if changed:
@@ -153,6 +180,8 @@ def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
     """Write what must not change over the run; refuse if the text did."""
     record = folder.private / DATA_RECORD
     now = {"data": corpus.facts.data_hash, "tokenizer": corpus.facts.tokenizer_hash}
+    if not folder.holds_work():
+        folder.start_anew()
     if record.exists() and json.loads(record.read_text()) != now:
         raise ConfigError(
             f"the text of {settings.data.source!r} has changed since this run began in "

@@ -18,6 +18,7 @@ from typing import Any
 from ars_kit.durable import (
     MANIFEST,
     Files,
+    byte_count,
     check_directory,
     clear_temporaries,
     commit_directory,
@@ -88,6 +89,21 @@ class RunFolder:
                 self._drop_older(self._states(home.name)[:-1])
             yield
 
+    def require_free(self) -> None:
+        """Refuse the folder while another run holds it; nothing is made.
+
+        Raises:
+            ConfigError: it does, named.
+        """
+        if (self.private / LOCK).exists():
+            with exclusive(self.private / LOCK, what=self.path):
+                pass
+
+    def holds_work(self) -> bool:
+        """Whether a member or a training state is here: something that a new plan would lose."""
+        states = (self.private / "state").glob("*/step-*")
+        return (self.path / LINEAGE).exists() or bool(standing(self.path)) or any(states)
+
     def preflight(self, needed: int) -> None:
         """Refuse to start what the volume has no room for.
 
@@ -103,8 +119,8 @@ class RunFolder:
         free = shutil.disk_usage(standing).free
         if free < needed:
             raise ArsKitError(
-                f"{self.path} has {free / 1e9:.1f} GB free; this run needs about "
-                f"{needed / 1e9:.1f} GB. Free some, or choose another --out"
+                f"{self.path} has {byte_count(free)} free; this run needs about "
+                f"{byte_count(needed)}. Free some, or choose another --out"
             )
 
     # --- members ---

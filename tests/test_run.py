@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,57 @@ def test_another_plan_is_refused_with_the_difference(
     done = arskit("run", *options, "--lr", "0.5", "--out", str(out))
     assert done.returncode == 3
     assert "train.lr: 0.012 -> 0.5" in done.stderr
+
+
+def test_resuming_refuses_another_setting_and_takes_what_changes_no_weight(
+    whole: tuple[Path, list[str]], arskit: Cli
+) -> None:
+    folder = ["--out", str(whole[0]), "--resume"]
+    done = arskit("run", *folder, "--lr", "0.5")
+    assert done.returncode == 3
+    assert "train.lr: 0.012 -> 0.5" in done.stderr
+    assert "drop --config" in arskit("run", *folder, "--config", "x.toml").stderr
+    done = arskit("run", *folder, "--price-per-hour", "1000", ARSKIT_TRAIN_LR="0.5")
+    assert done.returncode == 0, done.stderr
+    assert "at 1000.0 $ per hour" in done.stderr
+
+
+def test_a_plan_that_came_to_nothing_binds_nobody(
+    tiny: list[str], arskit: Cli, tmp_path: Path
+) -> None:
+    one = [*tiny, "--members", "d2", "--optimizer", "sgd"]
+    bad = ["--lr", "1e30", "--set", "train.lr_vectors=1e30", "--set", "train.max_skipped=3"]
+    assert arskit("run", *one, *bad).returncode == 6
+    assert (tmp_path / "checkpoints" / "run.toml").exists()
+    done = arskit("run", *one, "--json")
+    assert done.returncode == 0, done.stderr
+    history = (tmp_path / "checkpoints" / "d2" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == list(range(18))
+
+
+def test_what_the_optimizer_refuses_is_said_before_anything_starts(
+    tiny: list[str], arskit: Cli, tmp_path: Path
+) -> None:
+    done = arskit("run", *tiny, "--base-optimizer", "adamw:beta1=2")
+    assert done.returncode == 3
+    assert done.stderr == "arskit: 'adamw': Invalid beta parameter at index 0: 2.0\n"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_full_disk_is_asked_for_what_is_still_to_come(
+    whole: tuple[Path, list[str]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run needs no room: running it again on a full disk changes nothing."""
+    from ars_kit.cli import main
+
+    out, options = whole
+    monkeypatch.setenv("ARSKIT_CACHE", str(cache))
+    monkeypatch.setattr("ars_kit.store.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(sys, "argv", ["arskit", "run", *options, "--out", str(out)])
+    main()
+    monkeypatch.setattr(sys, "argv", ["arskit", "run", *options, "--out", str(out / "other")])
+    with pytest.raises(SystemExit, match="1"):
+        main()
 
 
 def test_a_killed_run_ends_bitwise_where_it_would_have(
@@ -307,6 +359,7 @@ def test_the_second_run_in_a_folder_is_refused(
     process.kill()
     process.communicate()
     assert done.returncode == 3
+    assert "tokenizing" not in done.stderr, "refused before any text is looked at"
     assert f"in use by another run: process {process.pid}" in done.stderr
 
 
@@ -337,6 +390,17 @@ def test_two_processes_train_as_one(
         )
         assert two == pytest.approx(one, abs=2e-3)
     assert json.loads((mine / "d4" / "metrics.json").read_text())["processes"] == 2
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
+    from ars_kit.errors import ConfigError
+    from ars_kit.runs import _require_equal_parts
+    from ars_kit.settings import resolve
+
+    settings = resolve({"train.batch_size": 6, "train.accumulation": 2}, {})
+    _require_equal_parts(settings, 3)
+    with pytest.raises(ConfigError, match="6 cannot be split into 2 micro-batches on each of 2"):
+        _require_equal_parts(settings, 2)
 
 
 def test_the_embedded_family_grows_in_both_directions() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ars_kit.durable import disk_errors
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
 from ars_kit.state import pack, unpack
 from ars_kit.store import RunFolder, check_directory, locate, read_history, verify
@@ -491,10 +492,31 @@ def test_a_read_only_folder_is_said(folder: RunFolder) -> None:
         pass
 
 
+def test_a_full_disk_is_known_by_what_rust_says_of_it(tmp_path: Path) -> None:
+    """Tokenizers, like safetensors, leave the system's number in the message only."""
+    with pytest.raises(ArsKitError, match="no space left to write"), disk_errors(tmp_path):
+        raise Exception("No space left on device (os error 28)")  # noqa: TRY002 -- as they do
+    with pytest.raises(RuntimeError), disk_errors(tmp_path):
+        raise RuntimeError("(os error 28)")
+
+
+def test_a_folder_holds_work_once_a_state_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.holds_work()
+    folder.create()
+    folder.write_text("run.toml", "")
+    folder.append_history("d1", [{"step": 0}])
+    assert not folder.holds_work()
+    folder.save_state("d1", {}, step=1)
+    assert folder.holds_work()
+
+
 def test_preflight_names_both_numbers(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "not" / "yet")
     folder.preflight(1)
-    with pytest.raises(ArsKitError, match=r"has [\d.]+ GB free; this run needs about 1000000000"):
+    with pytest.raises(
+        ArsKitError, match=r"has [\d.]+ [GMk]B free; this run needs about 1000000000"
+    ):
         folder.preflight(10**18)
     assert not (tmp_path / "not").exists()
 

@@ -116,6 +116,23 @@ def settings_from(options: Mapping[str, Any]) -> Settings:
     """Resolve the options of :func:`run_options`, the environment and the settings file."""
     from ars_kit.settings import resolve
 
+    return resolve(_flags(options), os.environ, options["file"])
+
+
+def settings_of_run(out: Path, options: Mapping[str, Any]) -> Settings:
+    """Return a folder's own settings, with the options of :func:`run_options` over them.
+
+    Raises:
+        ConfigError: there is no run, or a settings file besides.
+    """
+    from ars_kit.outcome import frozen_settings
+
+    if options["file"]:
+        raise ConfigError("--resume takes the settings from the folder's run.toml; drop --config")
+    return frozen_settings(out, _flags(options))
+
+
+def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for assignment in options["assignments"]:
         key, equals, value = assignment.partition("=")
@@ -125,7 +142,7 @@ def settings_from(options: Mapping[str, Any]) -> Settings:
     for name, value in options.items():
         if "__" in name and value not in (None, ()):
             flags[name.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
-    return resolve(flags, os.environ, options["file"])
+    return flags
 
 
 def make_console(*, stderr: bool = False) -> Console:

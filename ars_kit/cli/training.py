@@ -17,6 +17,7 @@ from ars_kit.cli.options import (
     out_option,
     run_options,
     settings_from,
+    settings_of_run,
 )
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
 def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
     """Train the family, or go on where it was stopped."""
     from ars_kit.display import Display
-    from ars_kit.outcome import frozen_settings
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import markdown_table
-    from ars_kit.runs import execute, open_corpus
+    from ars_kit.runs import check_folder, execute, open_corpus
 
     host, console = make_host(), make_console(stderr=True)
-    settings = frozen_settings(out) if resume else settings_from(options)
+    settings = settings_of_run(out, options) if resume else settings_from(options)
     plan = plan_run(settings, host)
     main_process = os.environ.get("RANK", "0") == "0"
     display = Display(plan, console)
     if main_process:
+        check_folder(out, settings, restart=restart)
         # Text that cannot be had is said before anything is timed or trained.
         open_corpus(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
@@ -65,6 +66,9 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         echo_json({"best": best, "members": metrics})
         return
     click.echo(markdown_table(metrics))
+    if best is None:
+        click.echo(f"\nNo held-out loss was measured. Members lie in {out}/.")
+        return
     click.echo(
         f"\nBest by held-out loss: {best}. Members lie in {out}/, the report is {out}/report.md.\n"
         f"Next: arskit evaluate {best} --out {out}\n"
