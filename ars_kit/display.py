@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 
 if TYPE_CHECKING:
     from ars_kit.measure import Meter
-    from ars_kit.plan import RunPlan
+    from ars_kit.plan import MemberPlan, RunPlan
 
 HEADINGS = ("member", "parent", "step", "loss", "held-out", "damping", "tokens/s", "left", "cost $")
+SPARE = ("parent", "tokens/s", "damping", "cost $", "held-out", "left")
+"""Columns that a terminal too narrow for all goes without, the first of them first."""
 PLAIN_EVERY = 5.0
 """Seconds between the lines of a display that is no terminal."""
 
@@ -25,13 +28,13 @@ class Display:
 
     Args:
         plan: what was planned.
-        console: where to; its ``is_terminal`` decides the form.
+        console: where to; whether it is a terminal that can move its cursor decides the form.
     """
 
     def __init__(self, plan: RunPlan, console: Console) -> None:
         self.plan, self.console = plan, console
         self.rows: dict[str, list[str]] = {
-            m.name: [m.name, m.parent or "-", f"0/{m.steps}", *["-"] * 6] for m in plan.members
+            m.name: [m.name, parent_of(m, plan), f"0/{m.steps}", *["-"] * 6] for m in plan.members
         }
         self._seconds = dict.fromkeys(self.rows, 0.0)
         self._share = dict.fromkeys(self.rows, 0.0)  # of each member's steps, done so far
@@ -42,7 +45,7 @@ class Display:
     @contextmanager
     def showing(self) -> Iterator[None]:
         """Show the table for as long as this lasts."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             yield
             return
         with Live(self._table(), console=self.console, refresh_per_second=4) as live:
@@ -96,8 +99,8 @@ class Display:
         if self._live is None and time.monotonic() - self._spoke > PLAIN_EVERY:
             row = self.rows[member]
             self._say(
-                f"{member}: step {row[2]}, loss {row[3]}, {row[6]} tokens/s, {row[7]} left; "
-                f"{self._family()}"
+                f"{member}: step {row[2]}, loss {row[3]}, damping {row[5]}, {row[6]} tokens/s, "
+                f"{row[7]} left; {self._family()}"
             )
 
     def finished(self, metrics: Mapping[str, Any]) -> None:
@@ -144,29 +147,80 @@ class Display:
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
     def _update(self) -> None:
         if self._live is not None:
             self._live.update(self._table())
 
     def _table(self) -> Table:
-        made = table(HEADINGS, list(self.rows.values()))
         left = self.family_left()
         steps = sum(m.steps for m in self.plan.members)
         done = sum(round(m.steps * self._share[m.name]) for m in self.plan.members)
         times = duration(left) if done < steps else "done"
         cost = self._cost(sum(self._seconds.values()))
-        made.add_section()
-        made.add_row("family", "", f"{done}/{steps}", "", "", "", "", times, cost)
-        return made
+        family = ["family", "", f"{done}/{steps}", "", "", "", "", times, cost]
+        return fitted(self.console, HEADINGS, [*self._shown(), family], SPARE)
+
+    def _shown(self) -> list[list[str]]:
+        """Return the rows that the terminal has room for, those about the member in training."""
+        rows = list(self.rows.values())
+        room = max(3, self.console.height - 5)  # headings, family, and a line for the cursor
+        if len(rows) <= room:
+            return rows
+        active = sum(share >= 1.0 for share in self._share.values())
+        first = min(max(0, active - room // 2), len(rows) - room)
+        dots = ["...", *[""] * (len(HEADINGS) - 1)]
+        above, below = [dots] * (first > 0), [dots] * (first + room < len(rows))
+        return [*above, *rows[first : first + room], *below]
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table whose first two columns are names and whose rest are figures."""
-    made = Table(box=None, pad_edge=False)
+def parent_of(member: MemberPlan, plan: RunPlan) -> str:
+    """Return a parent as a table has room for it: a base by that word, whatever its path."""
+    if member.parent is None:
+        return "-"
+    return member.parent if member.parent in {m.name for m in plan.members} else "base"
+
+
+def say(console: Console, text: str) -> None:
+    """Print text: wrapped at words on a terminal, in whole lines for anybody else."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def fitted(
+    console: Console,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    spare: Sequence[str],
+) -> Table:
+    """Return a table that fits the console: narrower gaps if need be, then columns left out.
+
+    Args:
+        console: where it will be shown.
+        headings: of the columns.
+        rows: their cells.
+        spare: headings that may go, the first of them first.
+    """
+    dropped = 0
+    made = table(headings, rows)
+    endless = console.options.update_width(10_000)
+    while Measurement.get(console, endless, made).maximum > console.width:
+        if dropped > len(spare):
+            break
+        keep = [i for i, heading in enumerate(headings) if heading not in spare[:dropped]]
+        cells = [[row[i] for i in keep] for row in rows]
+        made = table([headings[i] for i in keep], cells, gap=1, names=sum(i < 2 for i in keep))
+        dropped += 1
+    return made
+
+
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, gap: int = 2, names: int = 2
+) -> Table:
+    """Return a table whose first columns are names and whose rest are figures."""
+    made = Table(box=None, pad_edge=False, padding=(0, gap // 2, 0, gap - gap // 2))
     for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+        made.add_column(heading, justify="left" if i < names else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
     return made

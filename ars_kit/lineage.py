@@ -15,6 +15,8 @@ from ars_kit.durable import FORMAT, MANIFEST, check_directory, read_manifest, sh
 from ars_kit.errors import ConfigError, IntegrityError
 
 LINEAGE = "lineage.json"
+PRIVATE = ".arskit"
+"""Where a run folder keeps what is nobody else's business."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ def verify(out: Path) -> tuple[list[str], list[str]]:
     # Looked for before the lineage is read: a member enters its lineage after it appears.
     found = standing(out)
     if not (out / LINEAGE).exists() and not found:
+        if (out / PRIVATE).is_dir():
+            return [], []  # a run that has no member yet
         raise ConfigError(f"no run in {out}; name its folder with --out")
     try:
         entries = read_lineage(out)

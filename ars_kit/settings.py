@@ -271,6 +271,20 @@ def to_toml(settings: Settings, *, comments: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
+def spelled(value: Any) -> str:
+    """Return a value as the command line reads it: ``100,50``, ``none``, ``clip:limit=0.5``."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value))
+    return "none" if value is None else str(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers, lists, null; a choice as it is spelled."""
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
 def differences(old: Settings, new: Settings) -> list[str]:
     """Name what changed between two runs' settings, apart from what changes no weight."""
     before, after = old.flat(), new.flat()

@@ -33,6 +33,7 @@ from ars_kit.durable import (
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
 from ars_kit.lineage import (
     LINEAGE,
+    PRIVATE,
     Entry,
     check_member,
     is_name,
@@ -56,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.private = path / ".arskit"
+        self.private = path / PRIVATE
 
     def create(self) -> None:
         """Make the folder.
@@ -113,10 +114,7 @@ class RunFolder:
         Raises:
             ArsKitError: with both numbers.
         """
-        standing = next(
-            p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists()
-        )
-        free = shutil.disk_usage(standing).free
+        free = free_bytes(self.path)
         if free < needed:
             raise ArsKitError(
                 f"{self.path} has {byte_count(free)} free; this run needs about "
@@ -375,6 +373,12 @@ class RunFolder:
         for path in (*reversed(members), *records, *private):
             discard(path, scratch=self.private)
         self.create()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space of the volume that ``path`` is on, or will be."""
+    standing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(standing).free
 
 
 def _state_order(path: Path) -> tuple[int, int]:

@@ -20,7 +20,15 @@ import measured
 from ars_kit import errors, spec
 from ars_kit.cli import cli
 from ars_kit.schema import _argument_docs, describe
-from ars_kit.settings import PRETRAINED, SECTIONS, Settings, field_docs, keys, parse_members
+from ars_kit.settings import (
+    PRETRAINED,
+    SECTIONS,
+    Settings,
+    field_docs,
+    keys,
+    parse_members,
+    spelled,
+)
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+)(?: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -166,16 +174,9 @@ def _meaning(kind: type[errors.ArsKitError]) -> str:
 
 
 def _default(section: str, field: dataclasses.Field[Any]) -> str:
-    shown = f"`{_form(field.default)}`"
+    shown = f"`{spelled(field.default) or '(empty)'}`"
     key = f"{section}.{field.name}"
-    return f"{shown}; with a base `{_form(PRETRAINED[key])}`" if key in PRETRAINED else shown
-
-
-def _form(value: Any) -> str:
-    """Write a value as the command line reads it."""
-    if isinstance(value, tuple):
-        return ",".join(map(_form, value)) or "(empty)"
-    return "none" if value is None else str(value)
+    return f"{shown}; with a base `{spelled(PRETRAINED[key])}`" if key in PRETRAINED else shown
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,6 +294,30 @@ def test_the_held_out_loss_is_measured_whoever_else_judges(tiny: list[str], run:
     (metrics,) = json.loads(done.stdout)["members"]
     assert metrics["mine"] == 2.0
     assert metrics["heldout_loss"] > 0
+
+
+def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
+    options: list[str], run: Run, tmp_path: Path
+) -> None:
+    """The step that the first signal waits for takes a minute here."""
+    run(gate(30, "import time; time.sleep(60)"), "plugins", "list")  # writes the plugin
+    command = [sys.executable, "-m", "ars_kit", "run", *options]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, stderr=subprocess.PIPE
+    )
+    for _ in range(1200):
+        if kept(tmp_path) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    time.sleep(1)  # on to step 30
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM, stderr
+    assert kept(tmp_path) == ["step-00000025"]
+    assert run(gate(-1), "run", *options).returncode == 0
 
 
 def test_what_a_plugin_prints_when_it_is_loaded_is_no_result(run: Run) -> None:

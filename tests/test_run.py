@@ -332,6 +332,9 @@ def test_bad_input_gets_one_line(
         ["config", "show", "--json"],
         ["plugins", "list", "--json"],
         ["doctor", "--json"],
+        ["plugins", "show", "ars", "--json"],
+        ["plugins", "new", "gate", "mine", "--json"],
+        ["plugins", "check", "guard", "--json"],
     ],
 )
 def test_results_are_json_on_request(command: list[str], tiny: list[str], arskit: Cli) -> None:
@@ -339,6 +342,66 @@ def test_results_are_json_on_request(command: list[str], tiny: list[str], arskit
     done = arskit(*command, *extra)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
+
+
+def test_settings_are_shown_as_they_are_typed_and_as_json_has_them(
+    whole: tuple[Path, list[str]], arskit: Cli
+) -> None:
+    out = ["--out", str(whole[0])]
+    shown = arskit("config", "show", *out, "--gate", "clip:limit=2").stdout
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines()}
+    assert rows["train.iterations"] == ["file", "6,4"]
+    assert rows["train.tokens"] == ["file", "none"]
+    assert rows["optimizer.gates"] == ["flag", "clip:limit=2"]
+    values = json.loads(arskit("config", "show", *out, "--json").stdout)
+    assert values["train.iterations"] == {"value": [6, 4], "origin": "file"}
+    assert values["family.base"] == {"value": None, "origin": "file"}
+    assert values["run.evaluators"]["value"] == ["perplexity"]
+
+
+def test_a_run_without_members_yet_is_verified(arskit: Cli, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".arskit").mkdir(parents=True)
+    done = arskit("verify")
+    assert (done.returncode, done.stdout) == (0, "no member is committed in checkpoints yet\n")
+    assert json.loads(arskit("verify", "--json").stdout) == {"members": [], "problems": []}
+    assert arskit("verify", "--out", "nowhere").returncode == 3
+
+
+def test_a_terminal_without_greek_is_no_error(arskit: Cli) -> None:
+    done = arskit("plugins", "list", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "Entropy Guard, ?" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["run", "--strategy", ""], {"progressive", "scratch"}),
+        (["run", "--optimizer", "a"], {"ars", "ars-plan", "ars-paper", "adamw", "adafactor"}),
+        (["plan", "--schedule", ""], {"wsd", "cosine", "constant"}),
+        (["plugins", "show", "gua"], {"guard"}),
+        (["evaluate", "--out", "OUT", ""], {"d2", "d3", "d4", "best"}),
+    ],
+)
+def test_the_shell_completes_names(
+    words: list[str], wanted: set[str], whole: tuple[Path, list[str]], arskit: Cli
+) -> None:
+    typed = [str(whole[0]) if word == "OUT" else word for word in ["arskit", *words]]
+    done = arskit(
+        _ARSKIT_COMPLETE="bash_complete",
+        COMP_WORDS="\n".join(typed),
+        COMP_CWORD=str(len(typed) - 1),
+    )
+    assert {line.removeprefix("plain,") for line in done.stdout.splitlines()} == wanted
+
+
+def test_doctor_says_what_there_is_and_where_the_run_will_lie(arskit: Cli, tmp_path: Path) -> None:
+    found = json.loads(arskit("doctor", "--json", "--out", "new/run").stdout)
+    assert found["backends"]["several processes"]
+    assert found["run folder"]["path"] == str(tmp_path / "new" / "run")
+    assert found["run folder"]["holds"] == "nothing yet; it will be made"
+    assert not (tmp_path / "new").exists()
+    assert found["plugins"][f"gates (ars-kit {found['packages']['ars-kit']})"] == "loaded"
 
 
 def test_plugins_show_explains_each_setting(arskit: Cli) -> None:

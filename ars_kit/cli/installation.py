@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,18 +12,21 @@ from ars_kit.cli.options import (
     json_option,
     make_console,
     make_host,
+    out_option,
     run_options,
     settings_from,
+    settings_of_run,
 )
 
 
 @click.command()
+@out_option
 @json_option
-def doctor(as_json: bool) -> None:
-    """Show what is installed, which devices, and what is missing."""
+def doctor(out: Path, as_json: bool) -> None:
+    """Show what is installed, which devices and backends, and what is missing."""
     from ars_kit.doctor import examine
 
-    found = examine(make_host())
+    found = examine(make_host(), out)
     if as_json:
         echo_json(found)
         return
@@ -39,17 +43,24 @@ def config() -> None:
 
 @config.command("show")
 @run_options
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run folder whose run.toml to show from."
+)
 @json_option
-def config_show(as_json: bool, **options: Any) -> None:
+def config_show(out: Path | None, as_json: bool, **options: Any) -> None:
     """Show every setting, its value, and where the value came from."""
     from ars_kit.display import table
+    from ars_kit.settings import plain, spelled
 
-    settings = settings_from(options)
-    rows = [[key, settings.origins[key], str(value)] for key, value in settings.flat().items()]
+    settings = settings_from(options) if out is None else settings_of_run(out, options)
+    values, origins = settings.flat(), settings.origins
     if as_json:
-        echo_json({k: {"value": v, "origin": o} for k, o, v in rows})
-    else:
-        make_console().print(table(["setting", "from", "value"], rows))
+        echo_json({k: {"value": plain(v), "origin": origins[k]} for k, v in values.items()})
+        return
+    rows = [[key, origins[key], spelled(value)] for key, value in values.items()]
+    made = table(["setting", "from", "value"], rows)
+    made.columns[2].justify, made.columns[2].no_wrap = "left", False
+    make_console().print(made)
 
 
 @click.command()

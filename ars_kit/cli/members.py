@@ -19,6 +19,14 @@ from ars_kit.cli.options import (
 from ars_kit.errors import IntegrityError
 
 
+def _names_in_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the members of the run folder."""
+    from ars_kit.lineage import standing
+
+    known = [*standing(Path(ctx.params.get("out") or "checkpoints")), "best"]
+    return [name for name in known if name.startswith(incomplete)]
+
+
 @click.command()
 @out_option
 @json_option
@@ -58,13 +66,18 @@ def verify(out: Path, as_json: bool) -> None:
         for problem in problems:
             click.echo(problem)
     if problems:
-        raise IntegrityError(f"{len(problems)} of the files in {out} are not what was committed")
-    if not as_json:
-        click.echo(f"{len(names)} members are what was committed: {', '.join(names)}")
+        raise IntegrityError(f"{out} is not what was committed; problems: {len(problems)}")
+    if as_json:
+        return
+    if names:
+        count = "1 member is" if len(names) == 1 else f"{len(names)} members are"
+        click.echo(f"{count} what was committed: {', '.join(names)}")
+    else:
+        click.echo(f"no member is committed in {out} yet")
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=_names_in_run)
 @click.option("--data", help="Judge on other text: a path, hf:owner/name, or a source.")
 @click.option("--eval", "evaluators", multiple=True, help="Evaluator, NAME:key=value. Repeatable.")
 @out_option

@@ -14,9 +14,10 @@ import click
 from ars_kit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
-    from ars_kit.host import Host
+    from ars_kit.host import Host, Kind
     from ars_kit.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,6 +52,16 @@ MANY: tuple[tuple[str, str, str], ...] = (
     ("--no-gate", "optimizer.without", "Leave a damping gate out. Repeatable."),
     ("--eval", "run.evaluators", "Evaluator, NAME:key=value. Repeatable."),
 )
+SHELVES: Mapping[str, tuple[Kind, ...]] = {
+    "family.strategy": ("strategies",),
+    "data.source": ("data_sources",),
+    "optimizer.name": ("wrappers", "optimizers"),
+    "optimizer.base": ("optimizers",),
+    "optimizer.gates": ("gates",),
+    "optimizer.without": ("gates",),
+    "run.evaluators": ("evaluators",),
+}
+"""Where the names are that a setting chooses among."""
 
 
 class SettingOption(click.Option):
@@ -58,14 +69,38 @@ class SettingOption(click.Option):
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the flag and its help, with the embedded default's value."""
-        from ars_kit.settings import Settings
+        from ars_kit.settings import Settings, spelled
 
         record = super().get_help_record(ctx)
-        default = Settings().flat()[str(self.name).replace("__", ".")]
+        default = Settings().flat()[self.key]
         if record is None or default in (None, ()):
             return record
-        spelled = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        return record[0], f"{record[1]}  [default: {spelled}]"
+        return record[0], f"{record[1]}  [default: {spelled(default)}]"
+
+    @property
+    def key(self) -> str:
+        """The setting, as ``section.key``."""
+        return str(self.name).replace("__", ".")
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 -- click's interface
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Return what fits so far: an installed name, a listed value, or a path."""
+        from typing import get_args
+
+        from click.shell_completion import CompletionItem
+
+        from ars_kit.settings import keys
+
+        host = make_host() if self.key in SHELVES else None
+        names = [n for kind in SHELVES.get(self.key, ()) for n in host.names(kind)] if host else []
+        names += [name for name in get_args(keys()[self.key]) if isinstance(name, str)]
+        found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        if self.key in {"data.source", "family.base"}:
+            found.append(CompletionItem(incomplete, type="file"))
+        return found
 
 
 def run_options(command: F) -> F:
@@ -128,7 +163,7 @@ def settings_of_run(out: Path, options: Mapping[str, Any]) -> Settings:
     from ars_kit.outcome import frozen_settings
 
     if options["file"]:
-        raise ConfigError("--resume takes the settings from the folder's run.toml; drop --config")
+        raise ConfigError("the settings are those of the folder's run.toml; drop --config")
     return frozen_settings(out, _flags(options))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ars_kit.cli.options import echo_json, json_option, make_console, make_host
 from ars_kit.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from ars_kit.host import Listing
 
 
 @click.group()
@@ -37,36 +41,71 @@ def plugins_list(as_json: bool) -> None:
     made = table(["kind", "name", "summary", "from"], rows)
     for column in made.columns:
         column.justify = "left"
+    made.columns[2].no_wrap = False
     make_console().print(made)
     for line in host.complaints():
         click.echo(line, err=True)
 
 
-@plugins.command("show")
-@click.argument("name")
-def plugins_show(name: str) -> None:
-    """Show an offer's settings with their meaning."""
-    import inspect
+def _offered(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the names that plugins offer."""
+    names = {name for shelf in make_host().shelves.values() for name in shelf}
+    return sorted(name for name in names if name.startswith(incomplete))
 
+
+@plugins.command("show")
+@click.argument("name", shell_complete=_offered)
+@json_option
+def plugins_show(name: str, as_json: bool) -> None:
+    """Show an offer's settings with their meaning."""
     from ars_kit.host import SINGULAR
-    from ars_kit.schema import did_you_mean, signature_of
+    from ars_kit.schema import did_you_mean
 
     host = make_host()
     kinds = [kind for kind in SINGULAR if name in host.shelves[kind]]
     if not kinds:
         known = sorted({n for shelf in host.shelves.values() for n in shelf})
-        raise ConfigError(f"no plugin offers {name!r}{did_you_mean(name, known)}")
-    for kind in kinds:
-        listing = host.listing(kind, name)
-        click.echo(f"{name}: {SINGULAR[kind]}, {listing.offer.summary}")
-        click.echo(f"from {listing.plugin.distribution} {listing.plugin.version}")
-        doc = (inspect.getdoc(listing.offer.make) or "").partition("\nArgs:")[0].strip()
-        click.echo(f"\n{doc}\n")
-        for setting in signature_of(listing.offer.make).values():
-            default = "required" if setting.required else f"default {setting.default}"
-            click.echo(f"  {setting.name} ({setting.type_name}, {default})")
-            if setting.doc:
-                click.echo(f"      {setting.doc}")
+        aside = "".join(f". {line}" for line in host.complaints())
+        raise ConfigError(f"no plugin offers {name!r}{did_you_mean(name, known)}{aside}")
+    found = [_described(SINGULAR[kind], host.listing(kind, name)) for kind in kinds]
+    if as_json:
+        echo_json(found)
+        return
+    for offer in found:
+        click.echo(f"{name}: {offer['kind']}, {offer['summary']}")
+        click.echo(f"from {offer['distribution']} {offer['version']}")
+        click.echo(f"\n{offer['description']}\n")
+        for setting in offer["settings"]:
+            default = "required" if setting["required"] else f"default {setting['default']}"
+            click.echo(f"  {setting['name']} ({setting['type']}, {default})")
+            if setting["meaning"]:
+                click.echo(f"      {setting['meaning']}")
+
+
+def _described(kind: str, listing: Listing) -> dict[str, Any]:
+    import inspect
+
+    from ars_kit.schema import signature_of
+
+    doc = inspect.getdoc(listing.offer.make) or ""
+    return {
+        "kind": kind,
+        "name": listing.offer.name,
+        "summary": listing.offer.summary,
+        "distribution": listing.plugin.distribution,
+        "version": listing.plugin.version,
+        "description": doc.partition("\nArgs:")[0].strip(),
+        "settings": [
+            {
+                "name": setting.name,
+                "type": setting.type_name,
+                "required": setting.required,
+                "default": setting.default,
+                "meaning": setting.doc,
+            }
+            for setting in signature_of(listing.offer.make).values()
+        ],
+    }
 
 
 @plugins.command("new")
@@ -79,7 +118,8 @@ def plugins_show(name: str) -> None:
     show_default="here",
     help="Directory to put the package in.",
 )
-def plugins_new(kind: str, name: str, into: Path) -> None:
+@json_option
+def plugins_new(kind: str, name: str, into: Path, as_json: bool) -> None:
     """Begin a package of your own: KIND is gate, NAME what it will be called."""
     from ars_kit.scaffold import KINDS, write_package
 
@@ -87,11 +127,15 @@ def plugins_new(kind: str, name: str, into: Path) -> None:
     if name in shelf:
         owner = shelf[name][0].plugin
         raise ConfigError(f"a {kind} {name!r} is offered by plugin {owner}; choose another name")
-    click.echo(write_package(kind, name, into))
+    made = write_package(kind, name, into)
+    if as_json:
+        echo_json({"kind": kind, "name": name, "package": str(made)})
+    else:
+        click.echo(made)
 
 
 @plugins.command("check")
-@click.argument("name")
+@click.argument("name", shell_complete=_offered)
 @json_option
 def plugins_check(name: str, as_json: bool) -> None:
     """Check that a gate, or every gate of a distribution, keeps every gate's rules."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from ars_kit.plan import RunPlan
 
+SPARE_RESULTS = ("converged at", "skipped", "final loss", "tokens/s", "parent", "perplexity",
+                 "damping", "seconds")  # fmt: skip
+"""Columns of the final table that a narrow terminal goes without; report.md has them all."""
+
 
 @click.command()
 @run_options
@@ -34,9 +38,9 @@ if TYPE_CHECKING:
 @json_option
 def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
     """Train the family, or go on where it was stopped."""
-    from ars_kit.display import Display
+    from ars_kit.display import Display, fitted
     from ars_kit.plan import estimate, plan_run
-    from ars_kit.report import markdown_table
+    from ars_kit.report import COLUMNS, markdown_table, row_of
     from ars_kit.runs import check_folder, execute, open_corpus
 
     host, console = make_host(), make_console(stderr=True)
@@ -49,7 +53,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         # Text that cannot be had is said before anything is timed or trained.
         open_corpus(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
-        _print_plan(plan, console)
+        _print_plan(plan, out, console)
     with display.showing():
         metrics, best = execute(
             plan,
@@ -65,7 +69,12 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     if as_json:
         echo_json({"best": best, "members": metrics})
         return
-    click.echo(markdown_table(metrics))
+    result = make_console()
+    if result.is_terminal:
+        headings = [heading for _, heading, _ in COLUMNS]
+        result.print(fitted(result, headings, [row_of(m) for m in metrics], SPARE_RESULTS))
+    else:
+        click.echo(markdown_table(metrics))
     if best is None:
         click.echo(f"\nNo held-out loss was measured. Members lie in {out}/.")
         return
@@ -78,25 +87,29 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
 
 @click.command()
 @run_options
+@out_option
 @json_option
-def plan(as_json: bool, **options: Any) -> None:
-    """Show what a run would train, its time, memory and cost."""
+def plan(out: Path, as_json: bool, **options: Any) -> None:
+    """Show what a run would train, its time, memory, disk and cost."""
     from ars_kit.plan import estimate, plan_run
+    from ars_kit.store import free_bytes
 
     made = estimate(plan_run(settings_from(options), make_host()))
     if as_json:
-        echo_json(made.facts())
+        echo_json({**made.facts(), "available_disk_bytes": free_bytes(out)})
     else:
-        _print_plan(made, make_console())
+        _print_plan(made, out, make_console())
 
 
-def _print_plan(plan: RunPlan, console: Console) -> None:
-    from ars_kit.display import duration, table
+def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
+    from ars_kit.display import duration, fitted, parent_of, say
+    from ars_kit.durable import byte_count
+    from ars_kit.store import free_bytes
 
     rows = [
         [
             m.name,
-            m.parent or "-",
+            parent_of(m, plan),
             str(m.config.num_hidden_layers),
             str(m.config.hidden_size),
             f"{m.parameters:,}",
@@ -108,16 +121,20 @@ def _print_plan(plan: RunPlan, console: Console) -> None:
         for m in plan.members
     ]
     headings = ("member", "parent", "layers", "width", "parameters", "steps", "tokens", "FLOPs")
-    console.print(table([*headings, "time (est.)"], rows))
-    train = plan.settings.train
+    spare = ("width", "layers", "parent", "FLOPs")
+    console.print(fitted(console, [*headings, "time (est.)"], rows, spare))
+    train, base = plan.settings.train, plan.settings.family.base
     fits = "fits" if plan.memory_bytes <= plan.memory_available else "does NOT fit"
-    console.print(
-        f"One iteration is {train.steps_per_iteration} optimizer step(s) of "
+    free = free_bytes(out)
+    room = "fits" if plan.disk_bytes <= free else "does NOT fit"
+    say(
+        console,
+        (f"The base is {base}.\n" if base else "")
+        + f"One iteration is {train.steps_per_iteration} optimizer step(s) of "
         f"{train.batch_size * plan.settings.data.sequence_length} tokens.\n"
         f"Estimated: {duration(plan.seconds)} and {plan.cost:.4f} $ at "
         f"{plan.settings.run.price_per_hour} $ per hour (from {plan.speed_source}); "
-        f"{plan.memory_bytes / 1e9:.2f} GB of memory, {fits} in "
-        f"{plan.memory_available / 1e9:.1f} GB on {plan.device}.",
-        highlight=False,
-        soft_wrap=True,
+        f"{byte_count(plan.memory_bytes)} of memory, {fits} in "
+        f"{byte_count(plan.memory_available)} on {plan.device}; "
+        f"{byte_count(plan.disk_bytes)} of disk, {room} in {byte_count(free)} at {out}.",
     )
