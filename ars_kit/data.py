@@ -155,7 +155,8 @@ def _prepare_into(
                     tell=progress or _silent,
                 )
             (temp / "text.spool").unlink()
-            (temp / "corpus.json").write_text(json.dumps(asdict(facts), indent=1, default=str))
+            text = json.dumps(asdict(facts), indent=1, default=str)
+            (temp / "corpus.json").write_text(text, "utf-8")
             _publish(temp, folder)
     except OSError as error:
         raise DataError(f"preparing the text in {folder.parent} failed: {error}") from error
@@ -235,7 +236,7 @@ def _clear_abandoned(cache: Path) -> None:
 def _complete(folder: Path) -> bool:
     """Whether ``folder`` holds a corpus: token files of the right size, the right tokenizer."""
     try:
-        facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text()))
+        facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text("utf-8")))
         item = np.dtype(facts.dtype).itemsize
         sizes = {"train": facts.train_tokens * item, "heldout": facts.heldout_tokens * item}
         return (
@@ -247,7 +248,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _open(folder: Path) -> Corpus:
-    facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text()))
+    facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text("utf-8")))
 
     def stream(part: Part, count: int) -> TokenStream:
         if not count:  # an empty file cannot be mapped

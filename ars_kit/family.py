@@ -339,9 +339,9 @@ def _commit(
 
     def files(folder: Path) -> None:
         save_member(model, family.corpus.tokenizer_dir, folder)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         (folder / "history.jsonl").write_bytes(history.read_bytes())
-        (folder / "README.md").write_text(model_card(metrics, member.config))
+        (folder / "README.md").write_text(model_card(metrics, member.config), "utf-8")
 
     family.folder.commit_member(
         member.name,

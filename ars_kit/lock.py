@@ -88,7 +88,7 @@ def _take(handle: int, what: Path) -> None:
     try:
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, _signature().encode())
+        os.write(handle, _signature().encode(errors="surrogateescape"))
     except OSError as error:
         raise _unusable(what, error) from error
 

@@ -28,7 +28,7 @@ def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settin
 
 def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:
     """Return a committed member's metrics."""
-    metrics: dict[str, Any] = json.loads((folder.path / name / "metrics.json").read_text())
+    metrics: dict[str, Any] = json.loads((folder.path / name / "metrics.json").read_text("utf-8"))
     return metrics
 
 

@@ -88,6 +88,8 @@ def check_folder(out: Path, settings: Settings, *, restart: bool) -> None:
         ConfigError: the folder is in use, or holds a run of another plan.
     """
     folder = RunFolder(out)
+    if not str(out.absolute()).isprintable():  # safetensors opens no path that is not UTF-8
+        raise ConfigError(f"{str(out)!r} is no path in UTF-8; choose another --out")
     folder.require_free()
     if not restart:
         _require_same_plan(folder, settings)
@@ -182,7 +184,7 @@ def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
     now = {"data": corpus.facts.data_hash, "tokenizer": corpus.facts.tokenizer_hash}
     if not folder.holds_work():
         folder.start_anew()
-    if record.exists() and json.loads(record.read_text()) != now:
+    if record.exists() and json.loads(record.read_text("utf-8")) != now:
         raise ConfigError(
             f"the text of {settings.data.source!r} has changed since this run began in "
             f"{folder.path}; put it back, or start anew with --restart"

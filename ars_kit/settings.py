@@ -376,6 +376,8 @@ def _check_values(values: Mapping[str, Any]) -> None:
     for key in ("data.source", "family.base"):
         if values[key] is not None and not values[key].strip():
             raise ConfigError(f"{key} is empty; name something, or leave it out")
+        if values[key] is not None and re.search("[\ud800-\udfff]", values[key]):
+            raise ConfigError(f"{key} is not UTF-8, so no settings file can hold it; rename it")
     for key, value in values.items():
         least = min(value) if key == "train.iterations" else value
         if key in POSITIVE and least is not None and not 0 < least < math.inf:  # no NaN either

@@ -359,6 +359,21 @@ def test_settings_are_shown_as_they_are_typed_and_as_json_has_them(
     assert values["run.evaluators"]["value"] == ["perplexity"]
 
 
+def test_text_and_folders_have_any_name_that_is_utf8(
+    tiny: list[str], arskit: Cli, tmp_path: Path, text_folder: Path
+) -> None:
+    texts = tmp_path / "Texte für Größe"
+    texts.mkdir()
+    (texts / "Fäust.txt").write_text((text_folder / "000.txt").read_text("utf-8"), "utf-8")
+    one = [*tiny, "--members", "d2", "--data", texts.name]
+    done = arskit("run", *one, "--out", "Läufe/日本")
+    assert done.returncode == 0, done.stderr
+    assert arskit("verify", "--out", "Läufe/日本").returncode == 0
+    done = arskit("run", *one, "--out", os.fsdecode(b"Gr\xf6sse"))
+    assert done.returncode == 3
+    assert "is no path in UTF-8" in done.stderr
+
+
 def test_a_run_without_members_yet_is_verified(arskit: Cli, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".arskit").mkdir(parents=True)
     done = arskit("verify")

@@ -133,6 +133,7 @@ def test_a_base_changes_the_defaults() -> None:
         ({"data.heldout_tokens": "0"}, "data.heldout_tokens must be greater than 0"),
         ({"data.sequence_length": "1"}, "data.sequence_length must be 2 or more"),
         ({"data.source": " "}, "data.source is empty"),
+        ({"data.source": "Gr\udcf6\udcdfe"}, "data.source is not UTF-8"),
         ({"family.base": "", "family.depth": "same"}, "family.base is empty"),
         ({"optimizer.gates": ["clip", "clip:limit=2"]}, "'clip' is added twice"),
         ({"train.iterations": "5"}, r"must be 2 values with a comma between \(a whole number\)"),
