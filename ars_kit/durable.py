@@ -154,6 +154,19 @@ def check_directory(path: Path) -> list[str]:
     return problems + [f"{name} was not committed" for name in stray]
 
 
+def check_file(path: Path) -> str | None:
+    """Compare one file of a committed directory with the manifest beside it.
+
+    Returns:
+        What differs, or None.
+    """
+    try:
+        entry = read_manifest(path.parent)["files"][path.name]
+        return _differs(path.parent, path.name, str(entry["sha256"]), int(entry["size"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is damaged: {error!r}"
+
+
 def _differs(folder: Path, name: str, digest: str, size: int) -> str | None:
     file = folder / name
     if not file.is_file():

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ars_kit.errors import ConfigError
+from ars_kit.durable import check_file
+from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.settings import Settings, parse_members, resolve
 from ars_kit.store import BEST, RunFolder, read_history
 
@@ -27,8 +28,16 @@ def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settin
 
 
 def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:
-    """Return a committed member's metrics."""
-    metrics: dict[str, Any] = json.loads((folder.path / name / "metrics.json").read_text("utf-8"))
+    """Return a committed member's metrics.
+
+    Raises:
+        IntegrityError: they are not what was committed.
+    """
+    path = folder.path / name / "metrics.json"
+    problem = check_file(path)
+    if problem:
+        raise IntegrityError(f"{path.parent}: {problem}. For all there is: arskit verify")
+    metrics: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return metrics
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ars_kit.data import Corpus, prepare
-from ars_kit.errors import ConfigError
+from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import (
     Family,
     FamilyWatcher,
@@ -184,7 +184,11 @@ def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
     now = {"data": corpus.facts.data_hash, "tokenizer": corpus.facts.tokenizer_hash}
     if not folder.holds_work():
         folder.start_anew()
-    if record.exists() and json.loads(record.read_text("utf-8")) != now:
+    try:
+        before = json.loads(record.read_text("utf-8")) if record.exists() else now
+    except ValueError as error:
+        raise IntegrityError(f"{record} is damaged: {error}; start anew with --restart") from error
+    if before != now:
         raise ConfigError(
             f"the text of {settings.data.source!r} has changed since this run began in "
             f"{folder.path}; put it back, or start anew with --restart"

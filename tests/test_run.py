@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -220,8 +221,6 @@ def test_a_signal_saves_and_leaves(
 def test_a_flipped_byte_in_an_ancestor_is_named(
     whole: tuple[Path, list[str]], arskit: Cli, tmp_path: Path
 ) -> None:
-    import shutil
-
     mine = tmp_path / "run"
     shutil.copytree(whole[0], mine)
     file = mine / "d2" / "model.safetensors"
@@ -232,6 +231,36 @@ def test_a_flipped_byte_in_an_ancestor_is_named(
     assert done.returncode == 5
     assert "d2: model.safetensors is not what was committed" in done.stdout
     assert arskit("evaluate", "d2", "--out", str(mine)).returncode == 5
+
+
+def test_damaged_records_are_named_and_never_shown(
+    whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    from ars_kit.errors import IntegrityError
+    from ars_kit.outcome import select
+    from ars_kit.outcome import status as read_status
+
+    mine = tmp_path / "run"
+    shutil.copytree(whole[0], mine)
+    metrics = mine / "d3" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"skipped_steps": 0', '"skipped_steps": 1'))
+    for reads in (lambda: read_status(mine), lambda: select(mine, "heldout_loss")):
+        with pytest.raises(IntegrityError, match=r"d3: metrics\.json is not what was committed"):
+            reads()
+    metrics.unlink()
+    with pytest.raises(IntegrityError, match=r"d3: metrics\.json is missing"):
+        read_status(mine)
+
+
+def test_a_damaged_record_of_the_text_is_named(
+    whole: tuple[Path, list[str]], arskit: Cli, tmp_path: Path
+) -> None:
+    mine = tmp_path / "run"
+    shutil.copytree(whole[0], mine)
+    (mine / ".arskit" / "data.json").write_text("{")
+    done = arskit("run", "--resume", "--out", str(mine))
+    assert done.returncode == 5
+    assert "data.json is damaged" in done.stderr
 
 
 def test_scratch_inherits_nothing(tiny: list[str], arskit: Cli) -> None:
