@@ -16,11 +16,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
-from ars_kit.damping import load_named_state
 from ars_kit.data import Corpus
 from ars_kit.errors import DivergedError, PluginError
 from ars_kit.host import Host
-from ars_kit.inherit import derive_opt_state, inherited_share
+from ars_kit.inherit import derive_opt_state, inherited_share, load_named_state
 from ars_kit.measure import convergence_step, final_loss
 from ars_kit.models import (
     build,
