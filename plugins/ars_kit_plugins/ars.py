@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.damping import DampedOptimizer
+from ars_kit.spec import DampingGate
 from ars_kit_plugins.wrappers import ars_gates
 
 
@@ -18,8 +19,11 @@ class ARS(DampedOptimizer):
 
     Args:
         base: any torch optimizer instance.
+        gates: asked after ARS's own; one of the same name takes its place.
         reduce: means a 0-d loss over all ranks, so that all damp alike; by default over the
             default process group, where there is one.
+        fold: let a fused base apply the factors itself; by default wherever it can and the
+            parameters are on an accelerator.
         settings: as :func:`ars_kit_plugins.wrappers.ars_gates` takes them.
     """
 
@@ -27,10 +31,13 @@ class ARS(DampedOptimizer):
         self,
         base: Optimizer,
         *,
+        gates: Mapping[str, DampingGate] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        fold: bool | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(base, ars_gates(**settings), reduce=reduce or mean_over_ranks)
+        stack = {**ars_gates(**settings), **(gates or {})}
+        super().__init__(base, stack, reduce=reduce or mean_over_ranks, fold=fold)
 
 
 def mean_over_ranks(loss: Tensor) -> Tensor:
