@@ -1,22 +1,18 @@
-"""ARS in other people's training loops: schedulers, accelerate, the Trainer, scalers, ranks."""
+"""ARS in other people's training loops: schedulers, accelerate, the Trainer, scalers."""
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.optim import lr_scheduler as schedules
 
 from ars_kit_plugins import optimizers
 from ars_kit_plugins.ars import ARS
-from ars_kit_plugins.gating import TensorState
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda s: 0.9**s),
@@ -228,76 +224,3 @@ def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [r["step"] for r in ars.drain()] == [4, 5, 6, 7]
     assert_same(whole.model, again.model)
-
-
-class Note(TensorState):
-    """Keeps what it saw, to compare ranks."""
-
-    def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self, signal: Any) -> torch.Tensor:
-        self.seen.append(torch.cat([signal.loss[None], signal.norms()]))
-        return torch.where(signal.loss > 0, 0.5, 1.0)
-
-
-def rank_main(rank: int, how: str, folder: str) -> None:
-    """Train on this rank's own data; leave weights, rows and what the gates saw."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, x, y = problem()
-    if how == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        wrapped: Any = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    else:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = ARS(torch.optim.AdamW(wrapped.parameters(), lr=0.01))
-    note = optimizer.gates["note"] = Note()
-    mine = slice(32 * rank, 32 * rank + 32)
-    for step in range(40):
-        optimizer.zero_grad()
-        # One rank alone sees a bad batch; both must damp it.
-        bad = 30.0 if step == 30 and rank == 1 else 1.0
-        loss = (wrapped(bad * x[mine]) - bad * y[mine]).square().mean()
-        loss.backward()
-        optimizer.step(loss=loss)
-    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p.data for p in model.parameters()]
-    torch.save([optimizer.drain(), note.seen, weights], Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_damp_alike(how: str, tmp_path: Path) -> None:
-    import subprocess
-
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), how, str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
-    (rows, seen, weights), (rows2, seen2, weights2) = (
-        torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)
-    )
-    assert repr(rows) == repr(rows2)  # as text, where NaN equals itself
-    assert rows[30]["surprise"] < 0.1
-    assert all(map(torch.equal, weights, weights2))
-    assert all(map(torch.equal, seen, seen2))
-    # One process that sees both halves of the batch must see the same losses and norms.
-    model, x, y = problem()
-    optimizer = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
-    note = optimizer.gates["note"] = Note()
-    losses_of(model, x, y, optimizer, 30)
-    for one, two in zip(note.seen, seen[:30], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
