@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ars_kit.errors import ConfigError, PluginError
@@ -178,6 +179,9 @@ class DampedOptimizer(Optimizer):
         told = self._memory.loss
         self._memory.loss = share if told is None else told + share
 
+    # Gates keep a history in Python: compiled, each step would be a program of its own. This is
+    # torch.compiler.disable without importing the compiler.
+    @_disable_dynamo
     def step(
         self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
     ) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,46 @@ def test_a_compiled_model_trains_damped() -> None:
     assert optimizer.summary()["steps"] == 5
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_step_of_the_base_is_driven_as_the_plain_one() -> None:
+    """The base's step is one graph; a learning rate in a tensor spares it a new one each step."""
+    from torch._dynamo.utils import counters
+
+    plain, compiled = problem(), problem()
+    eager = losses_of(*plain, ARS(torch.optim.AdamW(plain[0].parameters(), lr=0.01)), 20)
+    base = torch.optim.AdamW(compiled[0].parameters(), lr=torch.tensor(0.01))
+    base.step = torch.compile(base.step, backend="aot_eager")  # type: ignore[method-assign]
+    counters.clear()
+    assert losses_of(*compiled, ARS(base), 20) == pytest.approx(eager, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_inside_a_compiled_training_step_ars_stays_itself() -> None:
+    from torch._dynamo.utils import counters
+
+    def whole(model: Any, x: Any, y: Any, optimizer: ARS) -> torch.Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+        return loss
+
+    found = []
+    for function in (whole, torch.compile(whole, backend="aot_eager")):
+        model, x, y = problem()
+        optimizer = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
+        counters.clear()
+        losses = [
+            float(function(model, factor * x, factor * y, optimizer).detach())
+            for factor in (30.0 if step in (20, 21) else 1.0 for step in range(30))
+        ]
+        found.append((losses, repr(optimizer.drain())))
+        assert optimizer.summary()["damping"] < 1
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 2, "its steps were traced"
+
+
 def test_a_scaler_s_gradients_are_unscaled_before_the_gates_see_them() -> None:
     model, x, y = problem()
     optimizer = ARS(torch.optim.SGD(model.parameters(), lr=0.01))
@@ -161,8 +201,18 @@ def test_a_scaler_s_gradients_are_unscaled_before_the_gates_see_them() -> None:
     assert optimizer.summary()["steps"] == 5
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Let no test see the precision that another chose: it is the process's."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_accelerate_with_accumulation() -> None:
+def test_accelerate_with_accumulation(fresh_accelerate: None) -> None:
     from accelerate import Accelerator
 
     model, x, y = problem()
@@ -185,7 +235,49 @@ def test_accelerate_with_accumulation() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_saves_and_resumes_exactly(
+    precision: str, tmp_path: Path, fresh_accelerate: None
+) -> None:
+    from accelerate import Accelerator
+
+    def begun(seed: int) -> tuple[Any, ...]:
+        model, x, y = problem(seed)
+        accelerator = Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+        )
+        inner = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
+        schedule = schedules.ExponentialLR(inner, 0.99)
+        return accelerator, inner, x, y, *accelerator.prepare(model, inner, schedule)
+
+    def go(run: tuple[Any, ...], steps: range) -> None:
+        accelerator, inner, x, y, model, optimizer, schedule = run
+        for step in steps:
+            for half in (slice(0, 32), slice(32, 64)):
+                bad = 30.0 if step == 30 else 1.0
+                with accelerator.accumulate(model):
+                    loss = (model(bad * x[half]).float() - bad * y[half]).square().mean()
+                    accelerator.backward(loss)
+                    inner.observe(loss / 2)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+
+    whole, first, again = begun(0), begun(0), begun(0)
+    go(whole, range(40))
+    go(first, range(20))
+    first[0].save_state(str(tmp_path))
+    again[0].load_state(str(tmp_path))
+    go(again, range(20, 40))
+    assert_same(whole[4], again[4])
+    rows = whole[1].drain()
+    assert len(rows) == 40
+    assert rows[30]["surprise"] < 0.1
+    assert repr(again[1].drain()) == repr(rows[20:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_trains_and_resumes(tmp_path: Path, fresh_accelerate: None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     config = LlamaConfig(
