@@ -205,6 +205,19 @@ def test_a_loss_told_before_the_gradients_are_cleared_counts(*, set_to_none: boo
     assert [float(v) for v in note.losses][1:] == [2.0, 2.0]
 
 
+def test_clearing_twice_forgets_no_loss() -> None:
+    p, base = one()
+    p.grad = None
+    optimizer, note = noted(base)
+    for _ in range(3):
+        optimizer.observe(torch.tensor(1.0))
+        optimizer.zero_grad(set_to_none=False)
+        p.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert len(note.losses) == 3
+
+
 # --- gradients -------------------------------------------------------------------------------
 
 
@@ -264,6 +277,25 @@ def test_a_state_goes_to_the_parameters_device() -> None:
     loaded.observe(torch.tensor(1.0))
     assert loaded._memory.loss is not None
     assert loaded._memory.loss.device.type == "meta"
+
+
+def test_the_damping_of_the_step_before_survives_a_resume() -> None:
+    class Alternate(Note):
+        """Halves every other step, by what it did before."""
+
+        def __call__(self, signal: StepSignal) -> torch.Tensor:
+            return torch.where(signal.last_damping < 1, 1.0, 0.5)
+
+    _, base = one()
+    optimizer = DampedOptimizer(base, {"alternate": Alternate()})
+    for _ in range(3):
+        optimizer.step(loss=1.0)
+    _, base = one()
+    resumed = DampedOptimizer(base, {"alternate": Alternate()})
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.step(loss=1.0)
+    rows = [*optimizer.drain(), *resumed.drain()]
+    assert [row["alternate"] for row in rows] == [0.5, 1.0, 0.5, 1.0]
 
 
 def test_a_gate_that_joins_later_begins_anew() -> None:

@@ -239,6 +239,17 @@ def test_a_scaler_leaves_unscaling_to_a_fused_base(*, fold: bool | None) -> None
     assert scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.parametrize("fold", [None, True])
+def test_a_scaler_s_skip_needs_no_guard(*, fold: bool | None) -> None:
+    p = weight()
+    optimizer = DampedOptimizer(FOLDING["adamw"]([p]), {"surprise": SurpriseGate()}, fold=fold)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    p.grad = scaler.scale(gradient(0)) * math.inf
+    scaler.step(optimizer, loss=torch.tensor(1.0))
+    assert torch.equal(p, weight())
+    assert optimizer.drain()[0]["skipped"]
+
+
 def test_told_no_loss_a_scaler_drives_the_base_alone() -> None:
     ours, plain = weight(), weight()
     pair = [(ours, ARS(FOLDING["adamw"]([ours]))), (plain, FOLDING["adamw"]([plain]))]
