@@ -158,7 +158,8 @@ def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
         for indices in _alike([g for g, _ in pairs])
     ]
     moments = torch.linalg.vector_norm(norms_of([m for _, m in pairs], norms.device))
-    return torch.stack(parts).sum() / (torch.linalg.vector_norm(norms) * moments)
+    cosine: Tensor = torch.stack(parts).sum() / (torch.linalg.vector_norm(norms) * moments)
+    return cosine
 
 
 def _moment(state: Mapping[str, Any]) -> Tensor | None:

@@ -23,10 +23,12 @@ class Note(TensorState):
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.turns: list[float] = []
 
     def __call__(self, signal: StepSignal) -> torch.Tensor:
         self.losses.append(signal.loss)
         self.norms.append(signal.norms())
+        self.turns.append(float(signal.alignment()))
         return signal.loss.new_full((), 0.5)
 
 
@@ -104,6 +106,7 @@ def test_sparse_gradients_are_measured_and_damped() -> None:
     tables[1](rows).sum().mul(0.5).backward()
     torch.optim.SparseAdam(tables[1].parameters()).step()
     assert torch.equal(tables[0].weight, tables[1].weight)
+    optimizer.step(loss=torch.tensor(1.0))  # there is a moment now, but not of that shape
 
 
 def test_an_optimizer_that_evaluates_the_loss_itself_is_refused() -> None:
@@ -246,6 +249,22 @@ def test_one_factor_a_tensor_works_at_any_precision() -> None:
 
     DampedOptimizer(torch.optim.SGD(params, lr=1.0), {"each": Each()}).step(loss=1.0)
     assert [p[0].item() for p in params] == [0.5, 0.75, 0.875]
+
+
+def test_alignment_is_that_of_the_unscaled_gradients() -> None:
+    turns = []
+    for scale in (1.0, 2.0**10):
+        p = torch.nn.Parameter(torch.ones(2))
+        optimizer, note = noted(torch.optim.AdamW([p], lr=0.1, fused=True))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for push in (1.0, 0.5, -1.0):
+            p.grad = scaler.scale(torch.tensor([push, 1.0]))
+            scaler.step(optimizer, loss=1.0)
+            scaler.update()
+        turns.append(note.turns[1:])
+    assert turns[0] == pytest.approx(turns[1])
+    assert 0.9 < turns[0][0] < 1
+    assert turns[0][1] < 0.5
 
 
 def test_parameters_without_a_gradient_are_left_out() -> None:

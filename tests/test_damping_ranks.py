@@ -20,13 +20,14 @@ HOWS = ("ddp", "fsdp")
 
 
 class Note(TensorState):
-    """Keeps the loss and the norms it saw, to compare ranks."""
+    """Keeps the loss, the alignment and the norms it saw, to compare ranks."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
     def __call__(self, signal: Any) -> torch.Tensor:
-        self.seen.append(torch.cat([signal.loss[None], signal.norms()]))
+        turn = signal.alignment().nan_to_num(nan=-2.0)
+        self.seen.append(torch.cat([signal.loss[None], turn[None], signal.norms()]))
         return torch.ones_like(signal.loss)
 
 
