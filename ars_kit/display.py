@@ -100,6 +100,14 @@ class Display:
                 f"{self._family()}"
             )
 
+    def went_back(self, member: str, event: Mapping[str, Any]) -> None:
+        """Hear that steps were undone, and why."""
+        self._say(
+            f"{member}: unstable since about step {event['since']} (median loss "
+            f"{event['median']:.3f}, best {event['best']:.3f}); back to step {event['back_to']}, "
+            f"past {event['batches']} batches"
+        )
+
     def finished(self, metrics: Mapping[str, Any]) -> None:
         """Hear that a member is committed."""
         heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]

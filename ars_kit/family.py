@@ -33,6 +33,7 @@ from ars_kit.models import (
 )
 from ars_kit.optim import build_optimizer
 from ars_kit.outcome import read_metrics
+from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.spec import Birth, Evaluand, InheritanceStrategy, Parent, Seed
 from ars_kit.store import RunFolder, read_history
@@ -167,6 +168,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         watcher=family.watcher,
         stop=family.stop,
         warmup=train.warmup_steps if rewarm is None else rewarm,
+        recovery=Recovery.of(train),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, facts)
@@ -347,11 +349,12 @@ def _metrics(
         "convergence_steps": converged,
         "steps": member.steps,
         "tokens": meter.tokens,
-        "flops": member.flops,
+        "flops": _flops(member, job),
         "parameters": member.parameters,
         "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else None,
         "peak_rss": meter.peak_rss,
         "skipped_steps": summary["skipped"],
+        "rollbacks": job.recovery.events,
         "gates": summary["gates"],
         "cost": meter.seconds / 3600 * settings.run.price_per_hour,
         "price_per_hour": settings.run.price_per_hour,
@@ -367,6 +370,12 @@ def _metrics(
         "processes": family.accelerator.num_processes,
         "versions": _versions(),
     }
+
+
+def _flops(member: MemberPlan, job: Trainee) -> float:
+    """Return what training took, steps that were undone included."""
+    undone = bool(job.recovery.events)
+    return member.flops * job.meter.tokens / member.tokens if undone else member.flops
 
 
 def _commit(

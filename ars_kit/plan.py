@@ -99,8 +99,10 @@ class RunPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the members and two training states need on disk."""
-        return sum(4 * m.parameters for m in self.members) + 2 * 12 * self.members[-1].parameters
+        """What the members need on disk, and the training states that are there at once."""
+        states = 2 if self.settings.train.on_instability == "ignore" else 4
+        members = sum(4 * m.parameters for m in self.members)
+        return members + states * 12 * self.members[-1].parameters
 
     def facts(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""

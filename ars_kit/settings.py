@@ -93,7 +93,15 @@ class TrainSettings:
     decay_fraction: float = 0.3
     """Share of the steps in which wsd decays to zero."""
     max_skipped: int = 100
-    """Non-finite steps in a row after which the run stops (exit 6)."""
+    """Skipped steps in a row after which the run stops (exit 6)."""
+    on_instability: Literal["ignore", "stop", "rollback"] = "ignore"
+    """After long instability: go on, stop (exit 6), or go back and leave its batches out."""
+    instability_limit: float = 6.0
+    """Sigmas above its best at which the median of the last 32 losses counts as unstable."""
+    instability_steps: int = 64
+    """Steps that this must last."""
+    max_rollbacks: int = 3
+    """Times a member goes back before the run stops (exit 6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +182,16 @@ PRETRAINED: Mapping[str, Any] = {
 
 # Changing these leaves the trained weights as they are, so a run may go on under other values.
 NEUTRAL = frozenset({"run.evaluators", "run.price_per_hour", "run.save_every", "run.log_every"})
+
+# What to do about trouble may be decided when it is there.
+REMEDIES = frozenset(
+    {
+        "train.on_instability",
+        "train.instability_limit",
+        "train.instability_steps",
+        "train.max_rollbacks",
+    }
+)
 
 
 def keys() -> dict[str, Any]:
@@ -261,12 +279,15 @@ def to_toml(settings: Settings, *, comments: bool = True) -> str:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """Name what changed between two runs' settings, apart from what changes no weight."""
+    """Name what changed between two runs' settings, apart from what may change."""
     before, after = old.flat(), new.flat()
+    free = NEUTRAL | REMEDIES
+    if "rollback" in (old.train.on_instability, new.train.on_instability):
+        free -= {"run.save_every"}  # where there are states decides where to go back to
     return [
         f"{key}: {_toml(before[key])} -> {_toml(after[key])}"
         for key in before
-        if key not in NEUTRAL and before[key] != after[key]
+        if key not in free and before[key] != after[key]
     ]
 
 
@@ -338,6 +359,9 @@ def _check(settings: Settings) -> None:
         "train.lr": train.lr,
         "train.lr_vectors": train.lr_vectors,
         "train.max_skipped": train.max_skipped,
+        "train.instability_limit": train.instability_limit,
+        "train.instability_steps": train.instability_steps,
+        "train.max_rollbacks": train.max_rollbacks,
         "data.sequence_length": data.sequence_length,
         "family.vocab_size": family.vocab_size,
         "family.head_dim": family.head_dim,
