@@ -103,7 +103,7 @@ class Display:
     def went_back(self, member: str, event: Mapping[str, Any]) -> None:
         """Hear that steps were undone, and why."""
         self._say(
-            f"{member}: unstable since about step {event['since']} (median loss "
+            f"{member}: unstable since step {event['since']} or later (median loss "
             f"{event['median']:.3f}, best {event['best']:.3f}); back to step {event['back_to']}, "
             f"past {event['batches']} batches"
         )

@@ -27,7 +27,7 @@ class Instability:
     """What was found.
 
     Attributes:
-        since: the first step that may be part of it.
+        since: the first step that may be part of it; a state from before is sound.
         noticed: the step whose loss decided.
         median: of the losses at last, in nats per token; infinite where most are not finite.
         best: the lowest median before.
@@ -44,8 +44,8 @@ class Instability:
         """Return it as a clause: what, since when, how far."""
         return (
             f"the median loss stands at {self.median:.3f} up to step {self.noticed}, more than it "
-            f"should above its best, {self.best:.3f} (sigma {self.sigma:.3f}), since about step "
-            f"{self.since}"
+            f"should above its best, {self.best:.3f} (sigma {self.sigma:.3f}), since step "
+            f"{self.since} or later"
         )
 
 
