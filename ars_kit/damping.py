@@ -10,20 +10,47 @@ are read once a step, the one synchronisation there is.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ars_kit.errors import PluginError
-from ars_kit.factors import Answer, Factors, Once, Rates, alignment_of, ask, local, norms_of
+from ars_kit.errors import ConfigError, PluginError
+from ars_kit.factors import Answer, Factors, Once, alignment_of, ask, gradients_of, norms_of
+from ars_kit.fold import apply, can_fold, lent
 from ars_kit.spec import DampingGate, StepSignal
+from ars_kit.telemetry import Telemetry
 
-KEPT_ROWS = 4096
-"""Telemetry rows kept on the device when nobody drains them."""
+
+@dataclass(slots=True)
+class Memory:
+    """What changes from step to step.
+
+    One object, since wrappers such as Lightning's hand attribute reads on to the optimizer they
+    wrap, but keep what is assigned to themselves.
+
+    Attributes:
+        steps: asked for so far.
+        last: gradient factor times step factor of the step before.
+        loss: told of the step to come.
+        used: identifies the gradients that the last step was made of.
+        answers: of the gates that were asked already about a step that broke off.
+        intact: weights and moments are those after a whole step; False where the base broke off.
+    """
+
+    steps: int = 0
+    last: Tensor | None = None
+    loss: Tensor | None = None
+    used: tuple[int, int] | None = None
+    answers: dict[str, Answer] = field(default_factory=dict)
+    intact: bool = True
 
 
 class DampedOptimizer(Optimizer):
@@ -41,9 +68,13 @@ class DampedOptimizer(Optimizer):
         owners: the plugin that each gate comes from, and under None that of the base, for
             complaints. A base without one raises its own errors.
 
-    Attributes:
-        intact: weights and moments are those after a whole step; False where the base broke off.
+    Raises:
+        ConfigError: the base evaluates the loss itself (LBFGS), or cannot fold and should.
     """
+
+    # A GradScaler puts these here if the base takes them.
+    grad_scale: Tensor | None
+    found_inf: Tensor
 
     def __init__(
         self,
@@ -71,15 +102,18 @@ class DampedOptimizer(Optimizer):
         self._reduce = reduce
         self._fold = fold
         self._owners = dict(owners or {})
-        self.intact = True
-        self._answers: dict[str, Answer] = {}  # of the step that is being taken
-        self._loss: Tensor | None = None
-        self._steps = 0
-        self._last: Tensor | None = None
-        self._rows: deque[Tensor] = deque(maxlen=KEPT_ROWS)
-        self._row_steps: deque[int] = deque(maxlen=KEPT_ROWS)
-        self._labels: tuple[str, ...] = ()
-        self._totals: Tensor | None = None
+        self._memory = Memory()
+        self._telemetry = Telemetry(self.gates)
+        kind = type(base).__name__
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"{kind} evaluates the loss itself, many times a step: no step to damp"
+            )
+        if fold and not can_fold(base):
+            raise ConfigError(
+                f"only a fused Adam, AdamW or SGD folds the factors in, not this {kind}"
+            )
 
     # The base owns these three; whoever reads or replaces them here reads or replaces its own.
     @property
@@ -119,21 +153,53 @@ class DampedOptimizer(Optimizer):
         """Add a group to the base."""
         self.base.add_param_group(param_group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling to the step, as the base would have it."""
+        return bool(getattr(self.base, "_step_supports_amp_scaling", False))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
+        memory, found = self._memory, self._gradients()
+        if found and found != memory.used:
+            # No step was made of them: a GradScaler left it out. Their loss goes with them.
+            memory.loss = None
         self.base.zero_grad(set_to_none)
+        memory.used = self._gradients()
 
-    def observe(self, loss: Tensor) -> None:
+    def _gradients(self) -> tuple[int, int] | None:
+        """Identify the gradients there are now: the first one, and how often it was written to."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    return id(p.grad), p.grad._version  # noqa: SLF001 -- no other way to know
+        return None
+
+    def observe(self, loss: Tensor | float) -> None:
         """Add one micro-batch's share of this step's loss; shares are summed.
 
         Args:
-            loss: 0-d; already divided by the number of micro-batches, as it is for ``backward``.
-        """
-        loss = loss.detach().float()
-        self._loss = loss if self._loss is None else self._loss + loss
+            loss: one number; already divided by the number of micro-batches, as for ``backward``.
 
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:
+        Raises:
+            ConfigError: it is more than one number.
+        """
+        share = _one_number(loss, self._device())
+        told = self._memory.loss
+        self._memory.loss = share if told is None else told + share
+
+    # Gates keep a history in Python: compiled, each step would be a program of its own. This is
+    # torch.compiler.disable without importing the compiler.
+    @_disable_dynamo
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
         """Ask the gates, then let the base step, damped.
+
+        Args:
+            closure: evaluates the loss and its gradients. What it returns is this step's loss,
+                unless it has told a loss itself by :meth:`observe`.
+            loss: this step's loss, or its last micro-batch's share.
 
         Raises:
             PluginError: a gate raised or returned something else than a factor. Weights, moments
@@ -143,17 +209,29 @@ class DampedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 answer = closure()
-            self.observe(torch.as_tensor(answer))
+            if answer is not None and self._memory.loss is None:
+                self.observe(answer)
         if loss is not None:
             self.observe(loss)
-        seen, self._loss = self._loss, None
-        if seen is None or not self.gates:
-            self._step_base()
-        else:
+        memory = self._memory
+        seen, memory.loss = memory.loss, None
+        if seen is not None and self.gates:
             with torch.no_grad():
                 self._damped_step(seen if self._reduce is None else self._reduce(seen))
-        self._steps += 1
+        elif hasattr(self, "found_inf"):
+            with lent(self.base, self.grad_scale, self.found_inf), self._stepping():
+                self.base.step()
+        else:
+            with self._stepping():
+                self.base.step()
+        memory.steps += 1
+        memory.used = self._gradients()
         return answer
+
+    @property
+    def intact(self) -> bool:
+        """Whether weights and moments are those after a whole step, not after half of one."""
+        return self._memory.intact
 
     def called(self, name: str | None) -> str:
         """Return how a complaint calls a gate, or under None the base."""
@@ -161,16 +239,20 @@ class DampedOptimizer(Optimizer):
         return f"{what} of plugin {self._owners[name]}" if name in self._owners else what
 
     def _damped_step(self, loss: Tensor) -> None:
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        memory, grads = self._memory, gradients_of(self.param_groups)
         one = torch.ones_like(loss)
-        total = Factors(one, len(grads))
-        last = one if self._last is None else self._last
+        last = one if memory.last is None else memory.last
         lr = self.param_groups[0]["lr"]
-        norms = Once(lambda: norms_of(grads))
-        alignment = Once(lambda: alignment_of(self.base, norms()))
+        scale = getattr(self, "grad_scale", None)
+        total = Factors(one, len(grads))
+        if hasattr(self, "found_inf"):
+            total.skip = self.found_inf.to(loss.device) > 0
+        scaled = Once(lambda: norms_of(grads, loss.device))
+        norms = scaled if scale is None else Once(lambda: scaled() / scale)
+        alignment = Once(lambda: alignment_of(self.base, scaled()))
         for name, gate in self.gates.items():
             signal = StepSignal(
-                self._steps,
+                memory.steps,
                 loss,
                 lr,
                 total.skip,
@@ -181,12 +263,13 @@ class DampedOptimizer(Optimizer):
                 alignment,
             )
             self._ask(name, gate, signal, total)
-        self._require_names(total)
+        self._telemetry.expect(memory.steps, tuple(total.explained))
         if grads:
-            self._apply([local(g) for g in grads], total)
-        self._answers.clear()
-        self._last = total.gradient * total.step
-        self._record(loss, total)
+            with self._stepping():
+                apply(self.base, grads, total, scale=scale, fold=self._fold)
+        memory.answers.clear()
+        memory.last = total.gradient * total.step
+        self._telemetry.note(memory.steps, loss, total)
 
     def _ask(self, name: str, gate: DampingGate, signal: StepSignal, total: Factors) -> None:
         """Multiply a gate's answer in.
@@ -194,83 +277,37 @@ class DampedOptimizer(Optimizer):
         Where a step broke off, the gates that had answered keep their answers: they have learned
         from it already.
         """
+        answers = self._memory.answers
         try:
-            answer = self._answers.get(name) or ask(gate, signal)
+            answer = answers.get(name) or ask(gate, signal)
             total.add(name, answer, bounded=getattr(gate, "bounded", True))
         except PluginError as error:
             raise PluginError(f"{self.called(name)} {error}") from error
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{self.called(name)} failed at step {self._steps}: {error!r}"
+                f"{self.called(name)} failed at step {signal.step}: {error!r}"
             ) from error
-        self._answers[name] = answer
+        answers[name] = answer
 
-    def _step_base(self) -> None:
-        self.intact = False
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Note whether the base came through its step, and name the plugin that it is of if not."""
+        self._memory.intact = False
         try:
-            self.base.step()
+            yield
         except torch.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:
             if None not in self._owners:
                 raise
             raise PluginError(
-                f"{self.called(None)} failed at step {self._steps}: {error!r}"
+                f"{self.called(None)} failed at step {self._memory.steps}: {error!r}"
             ) from error
-        self.intact = True
+        self._memory.intact = True
 
-    def _apply(self, grads: list[Tensor], total: Factors) -> None:
-        on_host = grads[0].device.type == "cpu" or not self._can_fold()
-        if self._fold is not None:
-            on_host = not self._fold
-        if on_host:
-            skip, gradient, step = total.read()
-            if skip:
-                return
-            if total.vector is not None:
-                torch._foreach_mul_(grads, list((total.vector * gradient).unbind()))
-            elif gradient != 1.0:
-                torch._foreach_mul_(grads, gradient)
-            with Rates(self.param_groups, None if step == 1.0 else step):
-                self._step_base()
-            return
-        if total.vector is not None:
-            torch._foreach_mul_(grads, list(total.vector.unbind()))
-        base: Any = self.base
-        base.grad_scale, base.found_inf = 1.0 / total.gradient, total.skip.float()
-        try:
-            with Rates(self.param_groups, total.step if total.steps_damped else None):
-                self._step_base()
-        finally:
-            del base.grad_scale, base.found_inf
-
-    def _can_fold(self) -> bool:
-        known = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-        return isinstance(self.base, known) and all(g.get("fused") for g in self.param_groups)
-
-    def _require_names(self, total: Factors) -> None:
-        names = tuple(total.explained)
-        if self._labels != names and self._rows:
-            raise PluginError(
-                f"damping gates explained {sorted(names)} at step {self._steps} but "
-                f"{sorted(self._labels)} before; the names must stay the same"
-            )
-        self._labels = names
-
-    def _record(self, loss: Tensor, total: Factors) -> None:
-        explained = total.explained
-        skip = total.skip.float()
-        head = [loss, total.gradient, total.step, skip, *total.factors]
-        row = torch.stack([*head, *explained.values(), *total.broken])
-        self._rows.append(row)
-        self._row_steps.append(self._steps)
-        # A skipped step damps nothing; it is counted on its own.
-        n = len(self.gates)
-        damping = torch.where(total.skip, 0.0, total.gradient * total.step)
-        per_gate = torch.where(total.skip, 0.0, row[4 : 4 + n])
-        counts = torch.stack([torch.ones_like(loss), skip, damping])
-        new = torch.cat([counts, per_gate, row[row.numel() - n :]])
-        self._totals = new if self._totals is None else self._totals + new
+    def _device(self) -> torch.device:
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
 
     def drain(self) -> list[dict[str, Any]]:
         """Return and forget what was recorded of each step since the last call; synchronises once.
@@ -282,60 +319,47 @@ class DampedOptimizer(Optimizer):
         Raises:
             PluginError: a gate has returned a factor outside [0, 1] or not finite.
         """
-        self._check_promises()
-        if not self._rows:
-            return []
-        values = torch.stack(list(self._rows)).tolist()
-        steps = list(self._row_steps)
-        self._rows.clear()
-        self._row_steps.clear()
-        names = ("loss", "gradient", "step_size", "skipped", *self.gates, *self._labels)
-        rows = []
-        for step, row in zip(steps, values, strict=True):
-            named: dict[str, Any] = {"step": step, **dict(zip(names, row, strict=False))}
-            named["skipped"] = bool(named["skipped"])
-            rows.append(named)
-        return rows
+        for name, (count, first) in self._telemetry.broken().items():
+            at = "" if first is None else f" at step {first}"
+            raise PluginError(
+                f"{self.called(name)} returned a factor outside [0, 1] or not finite{at}, "
+                f"{count} times before step {self._memory.steps}"
+            )
+        return self._telemetry.drain()
 
     def summary(self) -> dict[str, Any]:
         """Return steps, skipped steps, mean damping and each gate's mean factor; synchronises."""
-        names = list(self.gates)
-        if self._totals is None:
-            return {"steps": 0, "skipped": 0, "damping": None, "gates": dict.fromkeys(names)}
-        steps, skipped, damping, *rest = self._totals.tolist()
-        taken = steps - skipped
-        return {
-            "steps": int(steps),
-            "skipped": int(skipped),
-            "damping": damping / taken if taken else None,
-            "gates": {n: v / taken if taken else None for n, v in zip(names, rest, strict=False)},
-        }
-
-    def _check_promises(self) -> None:
-        if self._totals is None:
-            return
-        n = len(self.gates)
-        broken = self._totals[3 + n :].tolist()
-        for i, name in enumerate(self.gates):
-            if broken[i]:
-                seen = zip(self._row_steps, self._rows, strict=True)
-                first = next((f" at step {step}" for step, row in seen if row[i - n]), "")
-                raise PluginError(
-                    f"{self.called(name)} returned a factor outside [0, 1] or not finite{first}, "
-                    f"{int(broken[i])} times before step {self._steps}"
-                )
+        return self._telemetry.summary()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state with one more key, ``damping``; tensors and plain numbers."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = {**self.base.state_dict(), "damping": self.damping_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; a bare base's state is accepted too."""
+        state = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state = dict(before(self, state) or state)
+        damping = state.pop("damping", None)
+        self.base.load_state_dict(state)
+        if damping is not None:
+            self.load_damping_state(damping)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def damping_state(self) -> dict[str, Any]:
+        """Return what is not the base's; the same on every rank."""
         return {
-            **self.base.state_dict(),
-            "damping": {
-                "steps": self._steps,
-                "last": self._last,
-                "totals": self._totals,
-                "gates": {name: self._state_of(name, gate) for name, gate in self.gates.items()},
-                "answers": {name: answer.state() for name, answer in self._answers.items()},
-            },
+            "steps": self._memory.steps,
+            "last": self._memory.last,
+            "totals": self._telemetry.totals,
+            "gates": {name: self._state_of(name, gate) for name, gate in self.gates.items()},
+            "answers": {name: answer.state() for name, answer in self._memory.answers.items()},
         }
 
     def _state_of(self, name: str, gate: DampingGate) -> dict[str, Any]:
@@ -344,47 +368,47 @@ class DampedOptimizer(Optimizer):
         except (Exception, SystemExit) as error:
             raise PluginError(f"{self.called(name)} could not name its state: {error!r}") from error
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; a bare base's state is accepted too."""
-        rest = dict(state_dict)
-        damping = rest.pop("damping", None)
-        self.base.load_state_dict(rest)
-        if damping is None:
-            return
-        self._steps, self._last = damping["steps"], damping["last"]
-        self._totals = damping["totals"]
-        answers = damping.get("answers", {})
-        self._answers = {name: Answer.from_state(answer) for name, answer in answers.items()}
+    def load_damping_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`damping_state` returned; its tensors go to the parameters' device.
+
+        A gate that was not there before begins anew, and with it the sums over all steps.
+        """
+        state = _onto(state, self._device())
+        memory, telemetry = self._memory, self._telemetry
+        memory.steps, memory.last, memory.loss = state["steps"], state["last"], None
+        telemetry.totals = state["totals"] if list(state["gates"]) == list(self.gates) else None
+        answers = state.get("answers", {})
+        memory.answers = {name: Answer.from_state(answer) for name, answer in answers.items()}
         for name, gate in self.gates.items():
-            if name not in damping["gates"]:
+            if name not in state["gates"]:
                 continue
             try:
-                gate.load_state_dict(damping["gates"][name])
+                gate.load_state_dict(state["gates"][name])
             except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"{self.called(name)} could not take its state back: {error!r}"
                 ) from error
 
 
-def named_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return an optimizer's tensors by parameter name; its groups carry ``names``."""
-    return {
-        name: {k: v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"], strict=True)
-        if p in optimizer.state
-    }
+def _one_number(loss: Tensor | float, device: torch.device) -> Tensor:
+    """Return a loss as a 0-d float32 tensor on ``device``, without waiting for one there."""
+    if not isinstance(loss, Tensor):
+        return torch.full((), float(loss), device=device)
+    if loss.numel() != 1:
+        raise ConfigError(
+            f"a loss must be one number, not a tensor of shape {tuple(loss.shape)}; take its mean"
+        )
+    loss = loss.detach()
+    loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+    return loss.reshape(()).to(device, torch.float32, non_blocking=True)
 
 
-def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put tensors back by parameter name; parameters without an entry keep what they have."""
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"], strict=True):
-            if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
-                # Fused SGD wants every momentum buffer or none.
-                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-            if name in state:
-                optimizer.state[p] = {
-                    k: v.clone() if k == "step" else v.to(p.device, copy=True)
-                    for k, v in state[name].items()
-                }
+def _onto(tree: Any, device: torch.device) -> Any:
+    """Return a state with its tensors on ``device``; bytes, a generator's state, stay."""
+    if isinstance(tree, Tensor):
+        return tree if tree.dtype == torch.uint8 else tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: _onto(value, device) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_onto(value, device) for value in tree)
+    return tree

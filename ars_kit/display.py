@@ -103,6 +103,14 @@ class Display:
                 f"{row[7]} left; {self._family()}"
             )
 
+    def went_back(self, member: str, event: Mapping[str, Any]) -> None:
+        """Hear that steps were undone, and why."""
+        self._say(
+            f"{member}: unstable since step {event['since']} or later (median loss "
+            f"{event['median']:.3f}, best {event['best']:.3f}); back to step {event['back_to']}, "
+            f"past {event['batches']} batches"
+        )
+
     def finished(self, metrics: Mapping[str, Any]) -> None:
         """Hear that a member is committed."""
         heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]

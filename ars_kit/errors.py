@@ -39,7 +39,7 @@ class IntegrityError(ArsKitError):
 
 
 class DivergedError(ArsKitError):
-    """Training produced too many non-finite steps to go on. Exit code 6."""
+    """Training was not finite, or unstable, for too long to go on. Exit code 6."""
 
     exit_code: ClassVar[int] = 6
 

@@ -152,36 +152,47 @@ class Factors:
                     + (f" or one a tensor, ({self.tensors},)" if part == "gradient" else "")
                 )
 
-    def read(self) -> tuple[bool, float, float]:
-        """Bring skip and the two factors to the host, at once."""
-        skip, gradient, step = torch.stack([self.skip.float(), self.gradient, self.step]).tolist()
-        return bool(skip), gradient, step
+    def read(self, scale: Tensor | None) -> tuple[bool, float, float]:
+        """Bring skip and the two factors to the host, at once.
+
+        Args:
+            scale: what the gradients were multiplied by; the gradient factor undoes it.
+        """
+        gradient = self.gradient if scale is None else self.gradient / scale
+        skip, by, step = torch.stack([self.skip.float(), gradient, self.step]).tolist()
+        return bool(skip), by, step
 
 
-class Rates:
-    """Multiplies every group's learning rate for the length of one step."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]], factor: float | Tensor | None) -> None:
-        self._groups, self._factor = list(groups), factor
-        self._kept: list[Any] = []
-
-    def __enter__(self) -> None:
-        if self._factor is not None:
-            self._kept = [g["lr"] for g in self._groups]
-            for group in self._groups:
-                group["lr"] = group["lr"] * self._factor
-
-    def __exit__(self, *_: object) -> None:
-        for group, lr in zip(self._groups, self._kept, strict=False):
-            group["lr"] = lr
+def gradients_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """Return the gradients there are, in the groups' order; of a sparse one its values."""
+    found = []
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                p.grad = p.grad.coalesce()
+                found.append(p.grad.values())
+            else:
+                found.append(p.grad)
+    return found
 
 
-def norms_of(grads: list[Tensor]) -> Tensor:
-    """Return each gradient's norm, (n_tensors,), float32; of a sharded one over all its shards."""
-    if not grads:
-        return torch.zeros(0)
-    norms = torch._foreach_norm(grads)  # noqa: SLF001 -- as torch.nn.utils.clip_grad_norm_ does
-    return _together(list(norms))
+def norms_of(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Return each gradient's norm, (n_tensors,), float32; of a sharded one over all its shards.
+
+    In float32 whatever the gradients are: 300 has no finite square in float16.
+    """
+    found = [torch.zeros((), device=device)] * len(grads)
+    for indices in _alike(grads):
+        # As torch.nn.utils.clip_grad_norm_ does.
+        norms = torch._foreach_norm([grads[i] for i in indices], 2, torch.float32)  # noqa: SLF001
+        together = _together(list(norms)).to(device)
+        if len(indices) == len(grads):
+            return together
+        for i, norm in zip(indices, together.unbind(), strict=True):
+            found[i] = norm
+    return torch.stack(found) if found else torch.zeros(0, device=device)
 
 
 def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
@@ -192,14 +203,17 @@ def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
         norms: of the gradients, as :func:`norms_of` returns them.
     """
     params = [p for g in base.param_groups for p in g["params"] if p.grad is not None]
-    found = [(p.grad, _moment(base.state.get(p, {}))) for p in params]
+    found = [(p.grad, _moment(base.state.get(p, {}))) for p in params if not p.grad.is_sparse]
     pairs = [(g, m) for g, m in found if m is not None and m.shape == g.shape]
     if not pairs:
         return norms.new_full((), torch.nan)
     # Tensor by tensor: a product of all of them at once would need the gradients' memory again.
-    dot = _together([_dot(g, m) for g, m in pairs]).sum()
-    moments = torch.linalg.vector_norm(norms_of([m for _, m in pairs]))
-    cosine: Tensor = dot / (torch.linalg.vector_norm(norms) * moments)
+    parts = [
+        _together([_dot(*pairs[i]) for i in indices]).sum().to(norms.device)
+        for indices in _alike([g for g, _ in pairs])
+    ]
+    moments = torch.linalg.vector_norm(norms_of([m for _, m in pairs], norms.device))
+    cosine: Tensor = torch.stack(parts).sum() / (torch.linalg.vector_norm(norms) * moments)
     return cosine
 
 
@@ -213,15 +227,18 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.to(a.dtype).flatten())
 
 
+def _alike(tensors: list[Tensor]) -> list[list[int]]:
+    """Return the places of tensors of one device and one mesh: they share kernels, reductions."""
+    alike: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        key = tensor.device, getattr(tensor, "device_mesh", None)
+        alike.setdefault(key, []).append(i)
+    return list(alike.values())
+
+
 def _together(values: list[Tensor]) -> Tensor:
     """Stack 0-d tensors, those of sharded ones summed over their shards first."""
     stacked = torch.stack(values)
     if hasattr(stacked, "full_tensor"):
         stacked = stacked.full_tensor()  # one reduction for all of them
     return stacked.float()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's own memory of a tensor."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return shard

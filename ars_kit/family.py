@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from ars_kit.damping import load_named_state
 from ars_kit.data import Corpus
 from ars_kit.errors import PluginError
 from ars_kit.host import Host
-from ars_kit.inherit import derive_opt_state, inherited_share
+from ars_kit.inherit import derive_opt_state, inherited_share, load_named_state
 from ars_kit.judge import judge
 from ars_kit.measure import convergence_step, final_loss
 from ars_kit.models import (
@@ -34,6 +33,7 @@ from ars_kit.models import (
 )
 from ars_kit.optim import build_optimizer
 from ars_kit.outcome import read_metrics
+from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed
 from ars_kit.store import RunFolder, read_history
@@ -168,6 +168,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         watcher=family.watcher,
         stop=family.stop,
         warmup=train.warmup_steps if rewarm is None else rewarm,
+        recovery=Recovery.of(train),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, facts)
@@ -303,11 +304,12 @@ def _metrics(
         "convergence_steps": converged,
         "steps": member.steps,
         "tokens": meter.tokens,
-        "flops": member.flops,
+        "flops": _flops(member, job),
         "parameters": member.parameters,
         "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else None,
         "peak_rss": meter.peak_rss,
         "skipped_steps": summary["skipped"],
+        "rollbacks": job.recovery.events,
         "gates": summary["gates"],
         "cost": meter.seconds / 3600 * settings.run.price_per_hour,
         "price_per_hour": settings.run.price_per_hour,
@@ -330,6 +332,12 @@ def _metrics(
             "member is trained and kept as a training state: run again without it"
         )
     return {**head, **quality, **rest}
+
+
+def _flops(member: MemberPlan, job: Trainee) -> float:
+    """Return what training took, steps that were undone included."""
+    undone = bool(job.recovery.events)
+    return member.flops * job.meter.tokens / member.tokens if undone else member.flops
 
 
 def _commit(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ars_kit.spec import Block
 
@@ -110,3 +111,17 @@ def _extent(block: Block) -> int:
 
 def _slices(index: tuple[tuple[int, int, int], ...]) -> tuple[slice, ...]:
     return tuple(slice(*span) for span in index)
+
+
+def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put tensors back by parameter name; parameters without an entry keep what they have."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+                # Fused SGD wants every momentum buffer or none.
+                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+            if name in state:
+                optimizer.state[p] = {
+                    k: v.clone() if k == "step" else v.to(p.device, copy=True)
+                    for k, v in state[name].items()
+                }

@@ -107,11 +107,12 @@ class RunPlan:
         return self.disk_bytes_for(self.members)
 
     def disk_bytes_for(self, members: Sequence[MemberPlan]) -> int:
-        """Return what members still to come need on disk, with two training states of the last."""
+        """Return what members still to come need on disk, with the last one's training states."""
         if not members:
             return 0
+        states = 2 if self.settings.train.on_instability == "ignore" else 4
         kept = sum(4 * m.parameters + HISTORY_ROW * m.steps for m in members)
-        return kept + 2 * 12 * members[-1].parameters
+        return kept + states * 12 * members[-1].parameters
 
     def facts(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""

@@ -94,7 +94,15 @@ class TrainSettings:
     decay_fraction: float = 0.3
     """Share of the steps in which wsd decays to zero."""
     max_skipped: int = 100
-    """Non-finite steps in a row after which the run stops (exit 6)."""
+    """Skipped steps in a row after which the run stops (exit 6)."""
+    on_instability: Literal["ignore", "stop", "rollback"] = "ignore"
+    """After long instability: go on, stop (exit 6), or go back and leave its batches out."""
+    instability_limit: float = 6.0
+    """Sigmas above its best at which the median of the last 32 losses counts as unstable."""
+    instability_steps: int = 64
+    """Steps that this must last."""
+    max_rollbacks: int = 3
+    """Times a member goes back before the run stops (exit 6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +188,21 @@ POSITIVE = frozenset(
     {
         *(f"train.{k}" for k in ("batch_size", "accumulation", "steps_per_iteration", "lr")),
         *(f"train.{k}" for k in ("iterations", "tokens", "lr_width", "lr_vectors", "max_skipped")),
+        *(f"train.{k}" for k in ("instability_limit", "instability_steps", "max_rollbacks")),
         *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect")),
         *("data.heldout_tokens", "run.save_every", "run.log_every"),
     }
 )
 NOT_NEGATIVE = frozenset({"train.warmup_steps", "train.weight_decay", "run.price_per_hour"})
+# What to do about trouble may be decided when it is there.
+REMEDIES = frozenset(
+    {
+        "train.on_instability",
+        "train.instability_limit",
+        "train.instability_steps",
+        "train.max_rollbacks",
+    }
+)
 
 
 def keys() -> dict[str, Any]:
@@ -286,12 +304,15 @@ def plain(value: Any) -> Any:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """Name what changed between two runs' settings, apart from what changes no weight."""
+    """Name what changed between two runs' settings, apart from what may change."""
     before, after = old.flat(), new.flat()
+    free = NEUTRAL | REMEDIES
+    if "rollback" in (old.train.on_instability, new.train.on_instability):
+        free -= {"run.save_every"}  # where there are states decides where to go back to
     return [
         f"{key}: {_toml(before[key])} -> {_toml(after[key])}"
         for key in before
-        if key not in NEUTRAL and before[key] != after[key]
+        if key not in free and before[key] != after[key]
     ]
 
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,6 @@ class RunFolder:
         self.create()
         with exclusive(self.private / LOCK, what=self.path):
             clear_temporaries(self.private)
-            for home in (self.private / "state").iterdir():
-                self._drop_older(self._states(home.name)[:-1])
             yield
 
     def require_free(self) -> None:
@@ -232,7 +230,7 @@ class RunFolder:
 
     # --- training states ---
 
-    def save_state(self, member: str, tree: Any, *, step: int) -> None:
+    def save_state(self, member: str, tree: Any, *, step: int, keep: Collection[int] = ()) -> None:
         """Commit a training state, then remove the older ones.
 
         The history appended so far is made durable first: a state never outlives its history.
@@ -241,6 +239,7 @@ class RunFolder:
             member: whose state it is.
             tree: what :func:`ars_kit.state.pack` takes.
             step: optimizer steps done.
+            keep: steps whose newest states stay.
 
         Raises:
             TypeError: ``tree`` holds what cannot be saved without pickle, named by its path.
@@ -267,10 +266,18 @@ class RunFolder:
             if (home / HISTORY).exists():
                 sync(home / HISTORY)
         commit_directory(home / name, files, {"member": member, "step": step}, scratch=self.private)
-        self._drop_older(older)
+        newest = {done: path for path in older if (done := _state_order(path)[0]) in keep}
+        newest.pop(step, None)
+        for path in older:
+            if path not in newest.values():
+                discard(path, scratch=self.private)
 
-    def load_state(self, member: str) -> tuple[int, Any] | None:
+    def load_state(self, member: str, *, step: int | None = None) -> tuple[int, Any] | None:
         """Return the newest training state and its step, or None.
+
+        Args:
+            member: whose.
+            step: the newest of those after so many steps.
 
         Raises:
             IntegrityError: it is damaged; an older one is never taken instead.
@@ -280,6 +287,8 @@ class RunFolder:
         from ars_kit.state import unpack  # noqa: PLC0415
 
         states = self._states(member)
+        if step is not None:
+            states = [path for path in states if _state_order(path)[0] == step]
         if not states:
             return None
         newest = states[-1]
@@ -300,9 +309,15 @@ class RunFolder:
         """Remove a member's training states and working history, all at once."""
         discard(self._state_home(member), scratch=self.private)
 
-    def _drop_older(self, states: list[Path]) -> None:
-        for path in states:
-            discard(path, scratch=self.private)
+    def saved_steps(self, member: str) -> list[int]:
+        """Return the steps after which there are training states, in order."""
+        return sorted({_state_order(path)[0] for path in self._states(member)})
+
+    def return_to(self, member: str, step: int) -> None:
+        """Make the state after ``step`` steps the newest: remove the later ones, newest first."""
+        for path in reversed(self._states(member)):
+            if _state_order(path)[0] > step:
+                discard(path, scratch=self.private)
 
     def _state_home(self, member: str) -> Path:
         if not is_name(member):  # a path here would be somebody else's directory

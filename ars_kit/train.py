@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError, Preempted
 from ars_kit.measure import Meter
 from ars_kit.models import set_weights, weights_of
+from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
 from ars_kit.state import pack
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ars_kit.damping import DampedOptimizer
+    from ars_kit.instability import Instability
     from ars_kit.plan import MemberPlan
     from ars_kit.settings import Settings
     from ars_kit.store import RunFolder
@@ -38,6 +40,10 @@ class Watcher(Protocol):
 
     def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
         """Hear of steps that were read from the device: ``done`` of the member's are over."""
+        ...
+
+    def went_back(self, member: str, event: Mapping[str, Any]) -> None:
+        """Hear that steps were undone, and why."""
         ...
 
 
@@ -80,6 +86,7 @@ class Trainee:
     watcher: Watcher
     stop: Stop
     warmup: int
+    recovery: Recovery = field(default_factory=Recovery)
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
@@ -91,28 +98,32 @@ def train_member(job: Trainee) -> None:
     Leaves the final training state committed; the caller commits the member.
 
     Raises:
-        DivergedError: too many steps in a row were not finite.
+        DivergedError: too many steps in a row were skipped, or it was unstable for too long.
         PluginError: a plugin broke its promise; the state before that step is saved, or the
             newest one stays where the step was only found out later.
         Preempted: SIGTERM came; the state is saved. :class:`Interrupted` for SIGINT.
         ArsKitError: the device ran out of memory.
     """
     plan, run = job.plan, job.settings.run
-    first = resume(job)
-    if first >= plan.steps:
+    done = resume(job)
+    if done >= plan.steps:
         return
+    if job.recovery.watch is not None and done == 0:
+        save(job, 0)
     wrapped = job.accelerator.prepare(job.model)
     wrapped.train()
     job.meter.start(job.accelerator.device)
-    for step in range(first, plan.steps):
-        with what_breaks(job, step):
-            train_step(job, wrapped, step)
-        done = step + 1
+    while done < plan.steps:
+        with what_breaks(job, done):
+            train_step(job, wrapped, done)
+        done += 1
         asked = _asked_to_stop(job, done)
-        saves = done % run.save_every == 0 or done == plan.steps or asked
-        if saves or done % run.log_every == 0:
+        saving = done % run.save_every == 0 or done == plan.steps or asked
+        if done % run.log_every == 0 or saving:
             log(job, done)  # before a state is kept: a step that broke a promise must not be in it
-        if saves:
+        if job.recovery.found is not None:
+            done = go_back(job, job.recovery.found)
+        elif saving:
             save(job, done)
         if asked and done < plan.steps:
             kind = Interrupted if job.stop.signal == signal.SIGINT else Preempted
@@ -135,9 +146,10 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         decay_fraction=train.decay_fraction,
     )
     set_rates(job.optimizer, factor)
+    place = step + job.recovery.passed_over
     for micro in range(train.accumulation):
         last = micro == train.accumulation - 1
-        window = torch.from_numpy(job.batches.batch(step, micro, train.accumulation))
+        window = torch.from_numpy(job.batches.batch(place, micro, train.accumulation))
         window = window.to(accelerator.device, non_blocking=True)
         with nullcontext() if last else accelerator.no_sync(wrapped):
             logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
@@ -208,6 +220,9 @@ def resume(job: Trainee) -> int:
             raise PluginError(f"{error}; {_what_is_kept(job)}") from error
         job.meter.load_state_dict(tree["meter"])
         job.bad_in_a_row = tree["bad_in_a_row"]
+        job.recovery.load_state_dict(tree["recovery"])
+    if job.recovery.watch is not None and job.recovery.anchor is None:
+        job.recovery.anchor = step
     if job.accelerator.is_main_process:
         job.folder.cut_history(job.plan.name, step)
     job.accelerator.wait_for_everyone()
@@ -228,15 +243,18 @@ def save(job: Trainee, step: int, *, together: bool = True) -> None:
     """
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
+    regular = step % job.settings.run.save_every == 0 or step == job.plan.steps
+    keep = job.recovery.keep(step, regular=regular)
     if job.accelerator.is_main_process:
         tree = {
             "weights": weights_of(job.model),
             "optimizer": job.optimizer.state_dict(),
             "meter": job.meter.state_dict(),
             "bad_in_a_row": job.bad_in_a_row,
+            "recovery": job.recovery.state_dict(),
         }
         try:
-            job.folder.save_state(job.plan.name, tree, step=step)
+            job.folder.save_state(job.plan.name, tree, step=step, keep=keep)
         except TypeError as error:
             raise PluginError(f"{_culprit(job, tree)}; {_what_is_kept(job)}") from error
     job.saved = step
@@ -264,6 +282,39 @@ def _require_finite(job: Trainee) -> None:
         )
 
 
+def go_back(job: Trainee, found: Instability) -> int:
+    """Go on from the state before an instability, past the batches since; returns its step.
+
+    Raises:
+        DivergedError: that is not wanted, or not again. The state from before is the newest.
+    """
+    name, recovery = job.plan.name, job.recovery
+    job.meter.pause(job.accelerator.device)
+    step = next(s for s in job.folder.saved_steps(name) if s >= (recovery.anchor or 0))
+    again = len(recovery.events) < recovery.most
+    if job.accelerator.is_main_process:
+        job.folder.return_to(name, step)
+    if again and job.accelerator.is_main_process:
+        _, tree = job.folder.load_state(name, step=step) or (step, {})
+        recovery.load_state_dict(tree["recovery"])
+        event = recovery.undo(found, step)
+        # What was undone has cost its time and its tokens all the same.
+        tree |= {"recovery": recovery.state_dict(), "meter": job.meter.state_dict()}
+        job.folder.save_state(name, tree, step=step, keep=[step])
+        job.watcher.went_back(name, event)
+    job.accelerator.wait_for_everyone()
+    if not again:
+        raise DivergedError(
+            f"{name} is unstable: {found}. It has gone back {len(recovery.events)} times; the "
+            f"state after step {step}, from before, is kept. Run again with train.on_instability "
+            "set to rollback to leave out the batches behind it (train.max_rollbacks times), or to "
+            "ignore to go on regardless; or start anew with a lower train.lr"
+        )
+    resume(job)
+    job.meter.start(job.accelerator.device)
+    return step
+
+
 def log(job: Trainee, done: int) -> None:
     """Read what the device recorded since the last time, once for many steps."""
     try:
@@ -276,10 +327,15 @@ def log(job: Trainee, done: int) -> None:
         if job.bad_in_a_row >= job.settings.train.max_skipped:
             raise DivergedError(
                 f"{job.plan.name} diverged: {job.bad_in_a_row} steps in a row up to step "
-                f"{row['step']} had a loss or gradient that was not finite. Lower train.lr; "
-                "nothing of it was committed"
+                f"{row['step']} were skipped, as a loss or gradient that is not finite is. Lower "
+                "train.lr; nothing of it was committed"
             )
+    # While the rate climbs, a loss that rises says nothing.
+    job.recovery.look(row for row in rows if row["step"] >= job.warmup)
     if job.accelerator.is_main_process:
+        for row in rows:
+            if events := job.recovery.events_at(row["step"]):
+                row["went_back"] = events
         job.folder.append_history(job.plan.name, [_plain(row) for row in rows])
         job.watcher.steps(job.plan.name, done, rows, job.meter)
 

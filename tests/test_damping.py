@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import signal_of
 
-from ars_kit.damping import DampedOptimizer, load_named_state, named_state
+from ars_kit.damping import DampedOptimizer
 from ars_kit.errors import PluginError
 from ars_kit.factors import alignment_of
+from ars_kit.inherit import load_named_state
 from ars_kit.spec import Damping, StepSignal
 from ars_kit.state import pack, unpack
 from ars_kit_plugins import optimizers
@@ -60,6 +61,15 @@ def train(optimizer: Any, task: Any, steps: int, *, spoil: dict[int, float] | No
         for p in model.parameters():
             p.grad.mul_((spoil or {}).get(i, 1.0))
         optimizer.step(loss=loss) if isinstance(optimizer, DampedOptimizer) else optimizer.step()
+
+
+def named_state(optimizer: Any) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"], strict=True)
+        if p in optimizer.state
+    }
 
 
 BASES = {

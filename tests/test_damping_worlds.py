@@ -1,22 +1,18 @@
-"""ARS in other people's training loops: schedulers, accelerate, the Trainer, scalers, ranks."""
+"""ARS in other people's training loops: schedulers, accelerate, the Trainer, scalers."""
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.optim import lr_scheduler as schedules
 
 from ars_kit_plugins import optimizers
 from ars_kit_plugins.ars import ARS
-from ars_kit_plugins.gating import TensorState
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda s: 0.9**s),
@@ -142,6 +138,46 @@ def test_a_compiled_model_trains_damped() -> None:
     assert optimizer.summary()["steps"] == 5
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_step_of_the_base_is_driven_as_the_plain_one() -> None:
+    """The base's step is one graph; a learning rate in a tensor spares it a new one each step."""
+    from torch._dynamo.utils import counters
+
+    plain, compiled = problem(), problem()
+    eager = losses_of(*plain, ARS(torch.optim.AdamW(plain[0].parameters(), lr=0.01)), 20)
+    base = torch.optim.AdamW(compiled[0].parameters(), lr=torch.tensor(0.01))
+    base.step = torch.compile(base.step, backend="aot_eager")  # type: ignore[method-assign]
+    counters.clear()
+    assert losses_of(*compiled, ARS(base), 20) == pytest.approx(eager, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_inside_a_compiled_training_step_ars_stays_itself() -> None:
+    from torch._dynamo.utils import counters
+
+    def whole(model: Any, x: Any, y: Any, optimizer: ARS) -> torch.Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+        return loss
+
+    found = []
+    for function in (whole, torch.compile(whole, backend="aot_eager")):
+        model, x, y = problem()
+        optimizer = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
+        counters.clear()
+        losses = [
+            float(function(model, factor * x, factor * y, optimizer).detach())
+            for factor in (30.0 if step in (20, 21) else 1.0 for step in range(30))
+        ]
+        found.append((losses, repr(optimizer.drain())))
+        assert optimizer.summary()["damping"] < 1
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 2, "its steps were traced"
+
+
 def test_a_scaler_s_gradients_are_unscaled_before_the_gates_see_them() -> None:
     model, x, y = problem()
     optimizer = ARS(torch.optim.SGD(model.parameters(), lr=0.01))
@@ -165,8 +201,18 @@ def test_a_scaler_s_gradients_are_unscaled_before_the_gates_see_them() -> None:
     assert optimizer.summary()["steps"] == 5
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Let no test see the precision that another chose: it is the process's."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_accelerate_with_accumulation() -> None:
+def test_accelerate_with_accumulation(fresh_accelerate: None) -> None:
     from accelerate import Accelerator
 
     model, x, y = problem()
@@ -189,7 +235,49 @@ def test_accelerate_with_accumulation() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_saves_and_resumes_exactly(
+    precision: str, tmp_path: Path, fresh_accelerate: None
+) -> None:
+    from accelerate import Accelerator
+
+    def begun(seed: int) -> tuple[Any, ...]:
+        model, x, y = problem(seed)
+        accelerator = Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+        )
+        inner = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
+        schedule = schedules.ExponentialLR(inner, 0.99)
+        return accelerator, inner, x, y, *accelerator.prepare(model, inner, schedule)
+
+    def go(run: tuple[Any, ...], steps: range) -> None:
+        accelerator, inner, x, y, model, optimizer, schedule = run
+        for step in steps:
+            for half in (slice(0, 32), slice(32, 64)):
+                bad = 30.0 if step == 30 else 1.0
+                with accelerator.accumulate(model):
+                    loss = (model(bad * x[half]).float() - bad * y[half]).square().mean()
+                    accelerator.backward(loss)
+                    inner.observe(loss / 2)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+
+    whole, first, again = begun(0), begun(0), begun(0)
+    go(whole, range(40))
+    go(first, range(20))
+    first[0].save_state(str(tmp_path))
+    again[0].load_state(str(tmp_path))
+    go(again, range(20, 40))
+    assert_same(whole[4], again[4])
+    rows = whole[1].drain()
+    assert len(rows) == 40
+    assert rows[30]["surprise"] < 0.1
+    assert repr(again[1].drain()) == repr(rows[20:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_trains_and_resumes(tmp_path: Path, fresh_accelerate: None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     config = LlamaConfig(
@@ -228,76 +316,3 @@ def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [r["step"] for r in ars.drain()] == [4, 5, 6, 7]
     assert_same(whole.model, again.model)
-
-
-class Note(TensorState):
-    """Keeps what it saw, to compare ranks."""
-
-    def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self, signal: Any) -> torch.Tensor:
-        self.seen.append(torch.cat([signal.loss[None], signal.norms()]))
-        return torch.where(signal.loss > 0, 0.5, 1.0)
-
-
-def rank_main(rank: int, how: str, folder: str) -> None:
-    """Train on this rank's own data; leave weights, rows and what the gates saw."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, x, y = problem()
-    if how == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        wrapped: Any = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    else:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = ARS(torch.optim.AdamW(wrapped.parameters(), lr=0.01))
-    note = optimizer.gates["note"] = Note()
-    mine = slice(32 * rank, 32 * rank + 32)
-    for step in range(40):
-        optimizer.zero_grad()
-        # One rank alone sees a bad batch; both must damp it.
-        bad = 30.0 if step == 30 and rank == 1 else 1.0
-        loss = (wrapped(bad * x[mine]) - bad * y[mine]).square().mean()
-        loss.backward()
-        optimizer.step(loss=loss)
-    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p.data for p in model.parameters()]
-    torch.save([optimizer.drain(), note.seen, weights], Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_damp_alike(how: str, tmp_path: Path) -> None:
-    import subprocess
-
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), how, str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
-    (rows, seen, weights), (rows2, seen2, weights2) = (
-        torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)
-    )
-    assert repr(rows) == repr(rows2)  # as text, where NaN equals itself
-    assert rows[30]["surprise"] < 0.1
-    assert all(map(torch.equal, weights, weights2))
-    assert all(map(torch.equal, seen, seen2))
-    # One process that sees both halves of the batch must see the same losses and norms.
-    model, x, y = problem()
-    optimizer = ARS(torch.optim.AdamW(model.parameters(), lr=0.01))
-    note = optimizer.gates["note"] = Note()
-    losses_of(model, x, y, optimizer, 30)
-    for one, two in zip(note.seen, seen[:30], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -180,8 +180,34 @@ def test_states_saved_again_are_ordered_by_number(folder: RunFolder) -> None:
         shutil.rmtree(home / name, ignore_errors=True)
         (home.parent / f"kept-{again}").rename(home / name)
     assert folder.load_state("d1") == (9, {"v": 11})
-    with folder.lock():
-        assert [p.name for p in home.glob("step-*")] == ["step-00000009.11"]
+    folder.save_state("d1", {"v": 12}, step=9)
+    assert [p.name for p in home.glob("step-*")] == ["step-00000009.12"]
+
+
+def test_states_that_are_asked_for_stay_beside_the_newest(folder: RunFolder) -> None:
+    for step in (10, 20, 30):
+        folder.save_state("d1", {"v": step}, step=step, keep=[10])
+    assert folder.saved_steps("d1") == [10, 30]
+    folder.save_state("d1", {"v": 40}, step=40, keep=[10, 30])
+    assert folder.saved_steps("d1") == [10, 30, 40]
+    assert folder.load_state("d1") == (40, {"v": 40})
+    assert folder.load_state("d1", step=10) == (10, {"v": 10})
+    assert folder.load_state("d1", step=20) is None
+    folder.save_state("d1", {"v": 50}, step=50)
+    assert folder.saved_steps("d1") == [50]
+
+
+def test_going_back_removes_the_later_states_and_saves_again_in_place(folder: RunFolder) -> None:
+    for step in (10, 20, 30):
+        folder.save_state("d1", {"v": step}, step=step, keep=[10, 20])
+    folder.return_to("d1", 10)
+    assert folder.load_state("d1") == (10, {"v": 10})
+    folder.save_state("d1", {"v": "again"}, step=10, keep=[10])
+    assert folder.load_state("d1") == (10, {"v": "again"})
+    home = folder.private / "state" / "d1"
+    assert [p.name for p in home.glob("step-*")] == ["step-00000010.1"]
+    folder.save_state("d1", {"v": 20}, step=20, keep=[10])
+    assert folder.load_state("d1", step=10) == (10, {"v": "again"})
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])

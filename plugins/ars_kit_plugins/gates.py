@@ -72,6 +72,19 @@ def clip(*, limit: float = 1.0) -> DampingGate:
     return ClipGate(limit=limit)
 
 
+def skip(*, limit: float = 6.0, most: int = 8, norm: bool = False) -> DampingGate:
+    """Skip steps whose loss stands far above the last 128 (after OLMo's SkipStep).
+
+    Args:
+        limit: robust standard scores above the median from which a step is skipped.
+        most: steps in a row that are skipped; then the new level is let through.
+        norm: hold the logarithm of the global gradient norm to the same limit.
+    """
+    from ars_kit_plugins.skipping import SkipStep  # noqa: PLC0415 -- torch is slow to import
+
+    return SkipStep(limit=limit, most=most, norm=norm)
+
+
 @hookimpl
 def arskit_gates() -> list[Offer[DampingGate]]:
     """Offer the built-in gates."""
@@ -81,5 +94,6 @@ def arskit_gates() -> list[Offer[DampingGate]]:
         Offer("norm-memory", "give each gradient the norm it has had of late", norm_memory),
         Offer("entropy", "shrink steps while training oscillates (Entropy Guard, Ψ)", entropy),
         Offer("jitter", "noise on damped step sizes (Chronos-Jitter, χ)", jitter),
+        Offer("skip", "skip steps whose loss stands far above the recent ones", skip),
         Offer("clip", "shrink steps with a large gradient norm", clip),
     ]
