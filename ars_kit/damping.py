@@ -233,6 +233,10 @@ class DampedOptimizer(Optimizer):
         """Whether weights and moments are those after a whole step, not after half of one."""
         return self._memory.intact
 
+    @intact.setter
+    def intact(self, intact: bool) -> None:
+        self._memory.intact = intact
+
     def called(self, name: str | None) -> str:
         """Return how a complaint calls a gate, or under None the base."""
         what = "the base optimizer" if name is None else f"damping gate {name!r}"

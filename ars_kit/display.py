@@ -116,7 +116,8 @@ class Display:
         heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]
         name = str(metrics["model_id"])
         self._seconds[name], self._share[name] = metrics["training_time"], 1.0
-        row = self.rows[name]
+        # What a strategy makes of finished members was in no plan.
+        row = self.rows.setdefault(name, [name, str(metrics["parent_model"]), *["-"] * 7])
         row[2:] = [
             f"{metrics['steps']}/{metrics['steps']}",
             _figure(metrics["final_loss"], "{:.3f}"),

@@ -81,9 +81,7 @@ def _scaled(parent: State, blocks: Sequence[Block], shape: torch.Size) -> dict[s
                 state[key] = torch.maximum(state[key], old) if key in state else old.clone()
                 continue
             target = state.setdefault(key, old.new_zeros(shape))
-            target[_slices(block.child_index)] = (
-                old[_slices(block.parent_index)] / block.coefficient ** POWERS[key]
-            )
+            target[block.target] = block.source(old) / block.coefficient ** POWERS[key]
     return state
 
 
@@ -107,10 +105,6 @@ def _is_copy(block: Block, state: Mapping[str, Tensor], shape: torch.Size) -> bo
 
 def _extent(block: Block) -> int:
     return torch.Size([len(range(*span)) for span in block.child_index]).numel()
-
-
-def _slices(index: tuple[tuple[int, int, int], ...]) -> tuple[slice, ...]:
-    return tuple(slice(*span) for span in index)
 
 
 def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:

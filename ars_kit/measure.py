@@ -32,12 +32,14 @@ class Meter:
     Attributes:
         seconds: training time of this and all earlier sittings, without evaluation and saving.
         tokens: trained on, over all ranks.
+        loss_flops: of the strategy's own loss and its teacher, over all ranks.
     """
 
     seconds: float = 0.0
     tokens: int = 0
     peak_rss: int = 0
     peak_vram: int | None = None
+    loss_flops: float = 0.0
     _since: float | None = None
 
     def start(self, device: torch.device) -> None:
@@ -69,12 +71,14 @@ class Meter:
             "tokens": self.tokens,
             "peak_rss": self.peak_rss,
             "peak_vram": self.peak_vram,
+            "loss_flops": self.loss_flops,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.peak_rss, self.peak_vram = state["peak_rss"], state["peak_vram"]
+        self.loss_flops = state.get("loss_flops", 0.0)
 
 
 def peak_rss() -> int:

@@ -1,9 +1,8 @@
-"""A member's configuration from one knob (depth), and its life as a Hugging Face directory."""
+"""A member's model: built, loaded, counted, grouped for the optimizer, saved, compared."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,17 +23,11 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
 )
 from transformers.pytorch_utils import Conv1D
 
 from ars_kit.errors import ConfigError, IntegrityError
-
-REFERENCE_EPS = 1e-6
-REFERENCE_WIDTH = 32
-INTERMEDIATE_RATIO = 3
-"""MLP width of an embedded member, as a multiple of its residual width."""
-
+from ars_kit.spec import like
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*",
@@ -50,62 +43,6 @@ _HUB_REASONS: dict[type[Exception], str] = {
     "HF_HUB_OFFLINE is set; name a local directory, or fetch it where there is a network",
     SafetensorError: "a safetensors file is damaged; fetch it again",
 }
-
-
-def embedded_config(
-    depth: int, *, vocab_size: int, context: int, aspect: float = 1.6, head_dim: int = 8
-) -> Qwen2Config:
-    """Return the Qwen2 configuration of the embedded member ``d{depth}``.
-
-    ``depth`` layers of width ``head_dim * ceil(aspect * depth / 8)`` (nanochat's one-knob rule at a
-    small scale), one KV head for each query head, tied embeddings. RMSNorm's epsilon is inversely
-    proportional to the width: a residual stream padded with zeros has a smaller mean square, and
-    only with an epsilon scaled alike does a widened child compute what its parent computes.
-    """
-    width = head_dim * math.ceil(aspect * depth / 8)
-    return Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=INTERMEDIATE_RATIO * width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // head_dim,
-        num_key_value_heads=width // head_dim,
-        max_position_embeddings=max(context, 1024),
-        rms_norm_eps=REFERENCE_EPS * REFERENCE_WIDTH / width,
-        initializer_range=0.5 / math.sqrt(width),
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        # No pad token: torch gives the embedding of one no gradient, and here it would be the end
-        # of text, which the members read between documents.
-        pad_token_id=None,
-        dtype="float32",
-    )
-
-
-def grown_config(base: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """Return ``base`` with ``layers`` layers and everything else as it is.
-
-    Where layers differ in kind (sliding or full attention), the pattern is stretched: each new
-    layer is of the kind of the old layer nearest to its relative depth.
-
-    Raises:
-        ConfigError: ``layers`` is less than the base has.
-    """
-    tree = base.to_dict()
-    depth = base.num_hidden_layers
-    if layers < depth:
-        raise ConfigError(f"the base has {depth} layers; a grown member cannot have {layers}")
-    kinds = tree.get("layer_types")
-    if kinds:
-        stretched = [kinds[(2 * j + 1) * depth // (2 * layers)] for j in range(layers)]
-        tree["layer_types"] = stretched
-        if tree.get("use_sliding_window") and "sliding_attention" in stretched:
-            # Readers that know no layer_types go by this.
-            tree["max_window_layers"] = stretched.index("sliding_attention")
-    tree["num_hidden_layers"] = layers
-    return type(base).from_dict(tree)
 
 
 def load_base_config(name: str) -> PretrainedConfig:
@@ -229,13 +166,17 @@ def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, parameter in own.items():
-        if parameter.shape != weights[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
-            )
+        _require_shape(name, like(weights, name), parameter)
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            value = weights[name]
+            _require_shape(name, value, parameter)
+            parameter.copy_(value)
+
+
+def _require_shape(name: str, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
-from ars_kit.settings import Settings, parse_members, resolve
+from ars_kit.roster import parse_roster
+from ars_kit.settings import Settings, resolve
 from ars_kit.store import BEST, RunFolder, read_history
 
 FROZEN = "run.toml"
@@ -84,8 +85,8 @@ def status(out: Path) -> list[dict[str, Any]]:
     settings = frozen_settings(out)
     folder = RunFolder(out)
     rows = []
-    for depth in parse_members(settings.family.members):
-        name = f"d{depth}"
+    planned = [m.name for m in parse_roster(settings.family.members)]
+    for name in [*planned, *(m for m in folder.members() if m not in planned)]:
         if folder.has(name):
             rows.append({"state": "done", **read_metrics(folder, name)})
             continue

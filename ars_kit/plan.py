@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
 
-from ars_kit.errors import ConfigError
+from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.models import (
     count_parameters,
-    embedded_config,
     flops_per_token,
-    grown_config,
     load_base_config,
 )
 from ars_kit.optim import check_optimizer
+from ars_kit.roster import Member, parse_roster
+from ars_kit.schedule import stable_steps
 from ars_kit.schema import Choice, parse_choice
-from ars_kit.settings import Settings, parse_members
+from ars_kit.settings import Settings
+from ars_kit.shapes import embedded_config, grown_config
+from ars_kit.spec import Descent, Ordering, Phase
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,6 +48,9 @@ class MemberPlan:
         position: 0 for the family's first member, 1 for its last.
         flops: of its training steps, forward and backward.
         memory_bytes: estimated peak of weights, gradients, two moments and activations, fp32.
+        phase: of its parent's training that it continues.
+        branch: steps after which its state is kept for heirs of its stable phase; None: not kept.
+        teacher_flops: of its parent's forward passes beside it; 0 where the parent does not teach.
         seconds: estimated training time; None before :func:`estimate` has looked at the device.
     """
 
@@ -60,11 +65,19 @@ class MemberPlan:
     position: float
     flops: float
     memory_bytes: int
+    phase: Phase = "cooled"
+    branch: int | None = None
+    teacher_flops: float = 0.0
     seconds: float | None = None
+
+    @property
+    def planned_flops(self) -> float:
+        """FLOPs of its steps and of a teacher's beside them."""
+        return self.flops + self.teacher_flops
 
     def facts(self) -> dict[str, Any]:
         """Return the plan's figures, JSON-ready."""
-        skipped = {"config", "start", "position"}
+        skipped = {"config", "start", "position", "branch"}
         found = {k: v for k, v in asdict(self).items() if k not in skipped}
         return {**found, "width": self.config.hidden_size, "layers": self.config.num_hidden_layers}
 
@@ -107,12 +120,17 @@ class RunPlan:
         return self.disk_bytes_for(self.members)
 
     def disk_bytes_for(self, members: Sequence[MemberPlan]) -> int:
-        """Return what members still to come need on disk, with the last one's training states."""
+        """Return what members still to come need on disk, training states beside them included.
+
+        Two of the largest: the new one is whole before the old one goes. One more where heirs
+        continue a stable phase, two where a run may go back.
+        """
         if not members:
             return 0
         states = 2 if self.settings.train.on_instability == "ignore" else 4
         kept = sum(4 * m.parameters + HISTORY_ROW * m.steps for m in members)
-        return kept + states * 12 * members[-1].parameters
+        states += 1 if any(m.branch for m in self.members) else 0
+        return kept + states * 12 * max(m.parameters for m in members)
 
     def facts(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""
@@ -121,7 +139,7 @@ class RunPlan:
             "device": self.device,
             "precision": self.precision,
             "tokens": sum(m.tokens for m in self.members),
-            "flops": sum(m.flops for m in self.members),
+            "flops": sum(m.planned_flops for m in self.members),
             "estimated_seconds": self.seconds,
             "estimated_cost": self.cost,
             "estimated_memory_bytes": self.memory_bytes,
@@ -144,15 +162,9 @@ def plan_run(settings: Settings, host: Host) -> RunPlan:
     host.check("data_sources", parse_source(settings.data.source, host))
     for evaluator in settings.run.evaluators:
         host.make("evaluators", evaluator)
-    strategy: InheritanceStrategy = host.make("strategies", settings.family.strategy)
     device = pick_device(settings.train.device)
     precision = _precision(settings.train.precision, device)
-
-    def refusal(parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
-        with host.blaming("strategies", settings.family.strategy.name, "asked what it supports"):
-            return strategy.supports(parent, child)
-
-    members = _members(settings, bool(strategy.inherits), refusal)
+    members = _members(settings, host)
     memory = _available_memory(device)
     return RunPlan(settings, members, str(device), precision, memory_available=memory)
 
@@ -161,11 +173,12 @@ def estimate(plan: RunPlan) -> RunPlan:
     """Add estimated times, from trial steps of the first and the last member on this device."""
     device = torch.device(plan.device)
     train, data = plan.settings.train, plan.settings.data
-    first, last = plan.members[0], plan.members[-1]
+    by_step = sorted(plan.members, key=lambda m: m.flops / m.steps)
+    first, last = by_step[0], by_step[-1]
     per_micro_batch = last.flops / last.steps / train.accumulation
     if last.parameters > PROBE_LIMIT or per_micro_batch > PROBE_FLOPS:
         speed = probe_device(device)
-        times = [m.flops / speed.flops_per_second for m in plan.members]
+        times = [m.planned_flops / speed.flops_per_second for m in plan.members]
         source = speed.source
     else:
         micro = train.batch_size // train.accumulation
@@ -178,7 +191,7 @@ def estimate(plan: RunPlan) -> RunPlan:
         span = (last.flops / last.steps - first.flops / first.steps) or 1.0
         times = []
         for m in plan.members:
-            share = (m.flops / m.steps - first.flops / first.steps) / span
+            share = (m.planned_flops / m.steps - first.flops / first.steps) / span
             times.append(m.steps * train.accumulation * (low + (high - low) * share))
         source = f"trial steps of {first.name} and {last.name} on {device}"
     return _replaced(plan, times, source)
@@ -220,83 +233,147 @@ def _precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16"]:
     return "bf16" if wanted == "bf16" else "fp32"
 
 
-def _members(
-    settings: Settings,
-    inherits: bool,
-    refusal: Callable[[PretrainedConfig, PretrainedConfig], str | None],
-) -> tuple[MemberPlan, ...]:
-    depths = parse_members(settings.family.members)
-    configs = _configs(settings, depths)
-    train, data = settings.train, settings.data
-    context = data.sequence_length
-    members: list[MemberPlan] = []
+def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
+    choice = settings.family.strategy
+    strategy: InheritanceStrategy = host.make("strategies", choice)
+    roster = parse_roster(settings.family.members)
+    configs = [member_config(settings, roster, member) for member in roster]
+    train, context = settings.train, settings.data.sequence_length
+    with host.blaming("strategies", choice.name, "asked who descends from whom"):
+        family = descents(strategy, configs)
+    branching = {d.parent for d in family if d.phase == "stable"}
     base = settings.family.base
-    for i, (depth, config) in enumerate(zip(depths, configs, strict=True)):
-        previous = members[-1] if members and inherits else None
-        origin = previous.config if previous else (load_base_config(base) if base else None)
-        reason = refusal(origin, config) if origin is not None else None
+    found: dict[int, MemberPlan] = {}
+    for d in family:
+        member, config = roster[d.member], configs[d.member]
+        parent = None if d.parent is None else found[d.parent]
+        origin = parent.config if parent else (load_base_config(base) if base else None)
+        with host.blaming("strategies", choice.name, "asked what it supports"):
+            reason = strategy.supports(origin, config) if origin is not None else None
         if reason:
-            raise ConfigError(f"d{depth} cannot inherit: {reason}")
+            raise ConfigError(f"{member.name} cannot inherit: {reason}")
         limit = getattr(config, "max_position_embeddings", context)
         if context > limit:
             raise ConfigError(f"data.sequence_length {context} is more than the model's {limit}")
-        heir = i > 0 and inherits
-        iterations = train.iterations[1] if heir else train.iterations[0]
-        per_step = train.batch_size * context
-        steps = (
-            max(1, round(train.tokens / per_step))
-            if train.tokens
-            else iterations * train.steps_per_iteration
-        )
+        steps, start = _steps(settings, heir=parent is not None), 0
+        if parent:
+            taken = parent.branch if d.phase == "stable" and parent.branch else parent.steps
+            start = parent.start + taken * train.batch_size
+        tokens = steps * train.batch_size * context
         parameters = count_parameters(config)
-        flops = flops_per_token(config, context)
-        members.append(
-            MemberPlan(
-                name=f"d{depth}",
-                depth=depth,
-                parent=previous.name if previous else base,
-                config=config,
-                parameters=parameters,
-                steps=steps,
-                tokens=steps * per_step,
-                start=previous.start + previous.steps * train.batch_size if previous else 0,
-                position=i / (len(depths) - 1) if len(depths) > 1 else 0.0,
-                flops=flops * steps * per_step,
-                memory_bytes=_memory(config, parameters, settings),
-            )
+        taught = origin if d.taught else None
+        found[d.member] = MemberPlan(
+            name=member.name,
+            depth=member.num_hidden_layers,
+            parent=parent.name if parent else base,
+            config=config,
+            parameters=parameters,
+            steps=steps,
+            tokens=tokens,
+            start=start,
+            position=d.member / (len(roster) - 1) if len(roster) > 1 else 0.0,
+            flops=flops_per_token(config, context) * tokens,
+            memory_bytes=_memory(config, parameters, settings, taught),
+            phase=d.phase,
+            branch=_branch(settings, steps) if d.member in branching else None,
+            teacher_flops=flops_per_token(taught, context) / 3 * tokens if taught else 0.0,
         )
-    return tuple(members)
+    return tuple(found.values())
 
 
-def _configs(settings: Settings, depths: tuple[int, ...]) -> list[PretrainedConfig]:
+def descents(
+    strategy: InheritanceStrategy, configs: Sequence[PretrainedConfig]
+) -> tuple[Descent, ...]:
+    """Return every member's descent in order of birth: the strategy's own, or a chain.
+
+    Raises:
+        ConfigError: the strategy cannot have such a family.
+        PluginError: it left a member out, named one twice, or an heir before its parent.
+    """
+    if not isinstance(strategy, Ordering):
+        chain = range(len(configs))
+        parents = [i - 1 if i and strategy.inherits else None for i in chain]
+        return tuple(Descent(i, parent) for i, parent in zip(chain, parents, strict=True))
+    found = tuple(strategy.descents(configs))
+    born: list[int] = []
+    for d in found:
+        if d.parent is not None and d.parent not in born:
+            raise PluginError(f"the strategy bears member {d.member} before its parent {d.parent}")
+        born.append(d.member)
+    if sorted(born) != list(range(len(configs))):
+        raise PluginError(f"the strategy bears members {born} of a family of {len(configs)}")
+    return found
+
+
+def _steps(settings: Settings, *, heir: bool) -> int:
+    train = settings.train
+    if train.tokens:
+        return max(1, round(train.tokens / (train.batch_size * settings.data.sequence_length)))
+    return train.iterations[1 if heir else 0] * train.steps_per_iteration
+
+
+def _branch(settings: Settings, steps: int) -> int:
+    """Return after how many steps a member's heir leaves it, when it inherits the stable phase."""
+    train = settings.train
+    if train.schedule != "wsd":
+        raise ConfigError(
+            f"strategy {settings.family.strategy.name!r} inherits from before the learning rate "
+            f"falls, which only train.schedule = wsd tells; it is {train.schedule}"
+        )
+    return stable_steps(steps, train.decay_fraction)
+
+
+def member_config(settings: Settings, roster: Sequence[Member], member: Member) -> PretrainedConfig:
+    """Return the configuration that a run gives a member.
+
+    Args:
+        settings: the run's.
+        roster: all of its members.
+        member: any, of the roster or not.
+
+    Raises:
+        ConfigError: such a member cannot be.
+    """
     family = settings.family
-    if family.base is None:
-        return [
-            embedded_config(
-                depth,
+    sizes = {k: v for k, v in member.shape().items() if v is not None}
+    try:
+        if family.base is None:
+            if family.depth == "depth":
+                sizes = {"hidden_size": family.width, **sizes}
+            return embedded_config(
+                member.num_hidden_layers,
                 vocab_size=family.vocab_size,
                 context=settings.data.sequence_length,
                 aspect=family.aspect,
                 head_dim=family.head_dim,
+                architecture=family.architecture,
+                sizes=sizes,
             )
-            for depth in depths
-        ]
-    base = load_base_config(family.base)
-    if family.depth == "same":
-        return [base for _ in depths]
-    # The first member has the base's layers; each later one is deeper by what its number says.
-    return [grown_config(base, base.num_hidden_layers + d - depths[0]) for d in depths]
+        base = load_base_config(family.base)
+        if family.depth == "same":
+            return base
+        if ":" in family.members:
+            return grown_config(base, member.num_hidden_layers, sizes)
+        # The first has the base's layers; each later one is deeper by what its number says.
+        deeper = member.num_hidden_layers - roster[0].num_hidden_layers
+        return grown_config(base, base.num_hidden_layers + deeper)
+    except ConfigError as error:
+        raise ConfigError(f"{member.name}: {error}") from error
 
 
-def _memory(config: PretrainedConfig, parameters: int, settings: Settings) -> int:
+def _memory(
+    config: PretrainedConfig, parameters: int, settings: Settings, teacher: PretrainedConfig | None
+) -> int:
     """Estimate the peak in bytes: 16 a parameter (weight, gradient, two moments, all fp32),
     activations at 68 x width a token and layer (34 in 16 bits: Korthikanti et al., 2205.05198,
-    without the attention matrix), and logits with their gradient.
+    without the attention matrix), and logits with their gradient; 4 a parameter of a teacher and
+    its logits.
     """  # noqa: D205 -- one formula in one breath
     train = settings.train
     tokens = train.batch_size // train.accumulation * settings.data.sequence_length
     activations = 68 * config.hidden_size * config.num_hidden_layers * tokens
-    return int(16 * parameters + activations + 12 * config.vocab_size * tokens)
+    taught = 4 * count_parameters(teacher) + 4 * config.vocab_size * tokens if teacher else 0
+    return int(16 * parameters + activations + 12 * config.vocab_size * tokens + taught)
 
 
 def _available_memory(device: torch.device) -> int:

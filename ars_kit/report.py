@@ -47,14 +47,14 @@ def report(family: Sequence[Mapping[str, Any]], best: str) -> str:
     """Return ``report.md``: what was measured in this run, and nothing else."""
     seconds = sum(m["training_time"] for m in family)
     cost = sum(m["cost"] for m in family)
-    flops = sum(m["flops"] for m in family)
+    flops = sum(m["total_flops"] for m in family)
     first = family[0]
     winner = next(m for m in family if m["model_id"] == best)
     return f"""# A family of {len(family)}: {first["model_id"]} to {family[-1]["model_id"]}
 
 {best} has the lowest held-out loss, {winner["heldout_loss"]:.4f} nats per token.
 The family took {seconds:.1f} s of training, {flops:.3g} FLOPs and {cost:.4f} $
-at {first["price_per_hour"]} $ per hour. Strategy {first["strategy"]},
+at {first["price_per_hour"]} $ per hour. Strategy {first["strategy"]}{descent(family)},
 optimizer {first["optimizer"]} over {first["base_optimizer"]}, seed {first["seed"]}.
 
 This run trained no control, so it says nothing about what inheritance or damping saved. For that,
@@ -67,16 +67,31 @@ Versions: {", ".join(f"{k} {v}" for k, v in first["versions"].items())}.
 """
 
 
+def descent(family: Sequence[Mapping[str, Any]]) -> str:
+    """Say what became of the parents: one thing for all heirs, or who did what."""
+    notes: dict[str, list[str]] = {}
+    for m in family:
+        if m["birth"].get("note"):
+            notes.setdefault(m["birth"]["note"], []).append(m["model_id"])
+    if len(notes) < 2:
+        return "".join(f" ({note})" for note in notes)
+    return " (" + "; ".join(f"{note}: {', '.join(names)}" for note, names in notes.items()) + ")"
+
+
 def model_card(metrics: Mapping[str, Any], config: PretrainedConfig) -> str:
     """Return a member's README.md."""
     born = metrics["birth"]
-    origin = (
-        "It started from fresh weights."
-        if metrics["parent_model"] is None
-        else f"It continues {metrics['parent_model']}: {born['inherited_share']:.1%} of its "
-        f"parameters were inherited, and at birth its logits differed by at most "
-        f"{born['birth_logits_difference']:.2g}."
-    )
+    if metrics["parent_model"] is None:
+        origin = "It started from fresh weights."
+    elif "sources" in born:
+        origin = f"It was not trained: {born['note']}."
+    else:
+        note = f" ({born['note']})" if born.get("note") else ""
+        origin = (
+            f"It continues {metrics['parent_model']}{note}: {born['inherited_share']:.1%} of its "
+            f"parameters were inherited, and at birth its logits differed by at most "
+            f"{born['birth_logits_difference']:.2g}."
+        )
     figures = "\n".join(
         f"| {heading} | {value} |"
         for (_, heading, _), value in zip(COLUMNS, row_of(metrics), strict=True)

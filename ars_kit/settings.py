@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ars_kit.errors import ConfigError
+from ars_kit.roster import SUFFIX, parse_roster, read_roster
 from ars_kit.schema import Choice, coerce, did_you_mean
 
 Origin = Literal["default", "file", "environment", "flag"]
@@ -30,17 +31,23 @@ class FamilySettings:
     """Who is in the family and how a member follows another."""
 
     members: str = "d10..d18"
-    """Members in birth order: a range ``d10..d18``, a list ``d10,d12``, or both."""
+    """Members from small to large: a range ``d10..d18``, a list ``d10,d12``, or a ``.toml`` file of
+    shapes."""
     strategy: Choice = Choice("progressive")
     """Inheritance strategy."""
     base: str | None = None
     """Pretrained model to start from: a directory or a hub id; none trains from random weights."""
-    depth: Literal["miniseries", "same", "grow"] = "miniseries"
-    """Without a base: miniseries (depth and width grow). With one: same shape, or grow (deeper)."""
+    architecture: str = "qwen2"
+    """Without a base: qwen2, llama or qwen3."""
+    depth: Literal["miniseries", "depth", "same", "grow"] = "miniseries"
+    """Without a base: miniseries (depth and width grow) or depth (width stays). With one: same
+    shape, or grow (deeper)."""
     aspect: float = 1.6
-    """Miniseries only: width is head_dim times ceil(aspect x depth / 8)."""
+    """Miniseries: width is head_dim times ceil(aspect x depth / 8)."""
     head_dim: int = 8
-    """Miniseries only: dimensions of an attention head."""
+    """Without a base: dimensions of an attention head."""
+    width: int = 32
+    """With depth alone growing, and no base: the width of every member."""
     vocab_size: int = 1024
     """Without a base: entries of the byte-level BPE tokenizer that is trained."""
     seed: int = 0
@@ -189,7 +196,7 @@ POSITIVE = frozenset(
         *(f"train.{k}" for k in ("batch_size", "accumulation", "steps_per_iteration", "lr")),
         *(f"train.{k}" for k in ("iterations", "tokens", "lr_width", "lr_vectors", "max_skipped")),
         *(f"train.{k}" for k in ("instability_limit", "instability_steps", "max_rollbacks")),
-        *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect")),
+        *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect", "width")),
         *("data.heldout_tokens", "run.save_every", "run.log_every"),
     }
 )
@@ -242,6 +249,10 @@ def resolve(
             _require_known(key, annotations, where)
             values[key] = coerce(raw, annotations[key], f"{where}: {key}")
             origins[key] = origin
+    members = values.get("family.members", "")
+    if members.endswith(SUFFIX):
+        # What the run freezes are the shapes: the file may change after.
+        values["family.members"] = read_roster(Path(members))
     if values.get("family.base"):
         values = {**PRETRAINED, **values}
     sections = {
@@ -332,29 +343,6 @@ def field_docs(section: type[Any]) -> dict[str, str]:
     return docs
 
 
-def parse_members(text: str) -> tuple[int, ...]:
-    """Read ``d10..d18`` or ``d10,d12`` into depths in birth order.
-
-    Raises:
-        ConfigError: not of that form, empty, descending or repeated.
-    """
-    depths: list[int] = []
-    for part in (p.strip() for p in text.split(",")):
-        match = re.fullmatch(r"d(\d+)(?:\.\.d(\d+))?", part)
-        if not match:
-            raise ConfigError(f"cannot read members {text!r}; write d10..d18 or d10,d12")
-        first = int(match.group(1))
-        last = int(match.group(2) or first)
-        if last < first:
-            raise ConfigError(f"members {part!r} run downwards; write d{last}..d{first}")
-        depths += range(first, last + 1)
-    if depths != sorted(set(depths)):
-        raise ConfigError(f"members {text!r} must grow from one to the next, each named once")
-    if depths[0] < 1:
-        raise ConfigError("a member needs at least one layer; start at d1")
-    return tuple(depths)
-
-
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what the environment sets; a misspelt setting is kept, for the complaint."""
     names = {f"ARSKIT_{key.replace('.', '_').upper()}": key for key in keys()}
@@ -379,7 +367,7 @@ def _require_known(key: str, known: Iterable[str], where: str) -> None:
 
 def _check(settings: Settings) -> None:
     """Refuse values that no run can have, before anything is looked at."""
-    parse_members(settings.family.members)
+    parse_roster(settings.family.members)
     _check_values(settings.flat())
     _check_family(settings.family)
     train, added = settings.train, [gate.name for gate in settings.optimizer.gates]
@@ -414,9 +402,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _check_family(family: FamilySettings) -> None:
-    if family.base is None and family.depth != "miniseries":
+    alone = family.depth in {"miniseries", "depth"}
+    if family.base is None and not alone:
         raise ConfigError(f"family.depth = {family.depth!r} needs a base; name one with --base")
-    if family.base is not None and family.depth == "miniseries":
+    if family.base is not None and alone:
         raise ConfigError("a pretrained base keeps its width: set family.depth to same or grow")
     if family.base is None and family.vocab_size <= 256:
         raise ConfigError(

@@ -6,22 +6,79 @@ until a user chooses one of its offers by name.
 
 This module imports the standard library and pluggy; torch and transformers appear in types only, so
 that ``arskit --help`` stays quick. Values handed to a plugin are frozen dataclasses: a new field
-breaks no plugin.
+breaks no plugin. Those about inheritance are written in :mod:`ars_kit.heredity`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
 
+from ars_kit.heredity import (
+    Birth,
+    Blend,
+    Block,
+    Descent,
+    Finishing,
+    Hint,
+    InheritanceStrategy,
+    LazyWeights,
+    Lesson,
+    Loss,
+    OnStep,
+    Ordering,
+    Parent,
+    Phase,
+    Picks,
+    Preserves,
+    Seed,
+    Span,
+    like,
+)
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from torch.optim import Optimizer
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "API_VERSION",
+    "PROJECT",
+    "Birth",
+    "Blend",
+    "Block",
+    "Damping",
+    "DampingGate",
+    "DataSource",
+    "Descent",
+    "Document",
+    "Evaluand",
+    "Evaluator",
+    "Finishing",
+    "GateStack",
+    "Hint",
+    "Hooks",
+    "InheritanceStrategy",
+    "LazyWeights",
+    "Lesson",
+    "Loss",
+    "Offer",
+    "OnStep",
+    "Ordering",
+    "Parent",
+    "Phase",
+    "Picks",
+    "Preserves",
+    "Seed",
+    "Span",
+    "StepSignal",
+    "hookimpl",
+    "hookspec",
+    "like",
+]
 
 API_VERSION = 1
 """Version of this interface. A plugin may declare ``ARSKIT_API = 1``; another one is refused."""
@@ -131,104 +188,6 @@ class DampingGate(Protocol):
 
 GateStack = Mapping[str, DampingGate]
 """Named gates in the order they are asked; what an optimizer wrapper such as ``ars`` is made of."""
-
-
-# --- Inheritance -------------------------------------------------------------------------------
-
-Preserves = Literal["exact", "approx", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A rectangle of a child tensor that is ``coefficient`` times a rectangle of a parent tensor.
-
-    Attributes:
-        parent: name of the parent's tensor.
-        child_index: where it lands, one ``(start, stop, step)`` a dimension.
-        parent_index: where it comes from, same extents.
-        coefficient: what it was multiplied by.
-    """
-
-    parent: str
-    child_index: tuple[tuple[int, int, int], ...]
-    parent_index: tuple[tuple[int, int, int], ...]
-    coefficient: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """A trained member as its heir sees it. Read-only.
-
-    Attributes:
-        name: such as ``"d10"``, or the base's id.
-        config: its transformers configuration.
-        weights: its tensors by Hugging Face name; a tied head appears once, as the embedding.
-        opt_state: the base optimizer's state by parameter name, e.g.
-            ``{"model.norm.weight": {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}``; or None.
-        heldout_loss: nats per token, where it was measured.
-    """
-
-    name: str
-    config: PretrainedConfig
-    weights: Mapping[str, Tensor]
-    opt_state: Mapping[str, Mapping[str, Tensor]] | None = None
-    heldout_loss: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """What a strategy hands a newborn member.
-
-    Attributes:
-        weights: match the child's configuration exactly; a tied head appears once.
-        provenance: for each child tensor the blocks that were inherited; what no block covers is
-            new. The host derives optimizer state from it and counts what was inherited.
-        preserves: what the strategy promises about the child's logits against the parent's;
-            ``exact`` is checked by the host at birth.
-        opt_state: ``derive`` carries the parent's moments along the provenance, ``reset`` starts
-            them at zero.
-        rewarm_steps: optimizer steps over which the learning rate climbs back at birth.
-    """
-
-    weights: Mapping[str, Tensor]
-    provenance: Mapping[str, Sequence[Block]] = field(default_factory=dict)
-    preserves: Preserves = "none"
-    opt_state: Literal["derive", "reset"] = "reset"
-    rewarm_steps: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Birth:
-    """What a strategy is told about the child it should seed.
-
-    Attributes:
-        name: such as ``"d11"``.
-        config: the child's configuration; its shape is fixed by the plan.
-        fresh: the child's weights as a fresh, seeded initialisation would have them; the source
-            of every new parameter, so that initialisation stays the host's affair.
-        rng: the only randomness a strategy may use; seeded by the run.
-    """
-
-    name: str
-    config: PretrainedConfig
-    fresh: Mapping[str, Tensor]
-    rng: torch.Generator
-
-
-class InheritanceStrategy(Protocol):
-    """Decides what a member takes from its predecessor."""
-
-    inherits: bool
-    """False: members are independent of each other (the control); ``inherit`` is not called
-    unless a pretrained base was named."""
-
-    def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
-        """Return why this pair cannot be inherited, in words, or None if it can."""
-        ...
-
-    def inherit(self, parent: Parent, birth: Birth) -> Seed:
-        """Return the child's first weights."""
-        ...
 
 
 # --- Data and evaluation -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ars_kit.models import set_weights, weights_of
 from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
 from ars_kit.state import pack
+from ars_kit.teaching import Teaching, follow_hints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,13 @@ class Stop:
 
 @dataclass(slots=True)
 class Trainee:
-    """Everything the loop needs of one member."""
+    """Everything the loop needs of one member.
+
+    Attributes:
+        warmup: optimizer steps in which the learning rate climbs from ``start_lr`` of its peak.
+        decay_fraction: share of the steps in which it falls; None for the run's.
+        branch: steps after which the state is also kept for an heir; None where no heir wants it.
+    """
 
     plan: MemberPlan
     settings: Settings
@@ -87,6 +94,10 @@ class Trainee:
     stop: Stop
     warmup: int
     recovery: Recovery = field(default_factory=Recovery)
+    teaching: Teaching = field(default_factory=Teaching)
+    start_lr: float = 0.0
+    decay_fraction: float | None = None
+    branch: int | None = None
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
@@ -119,11 +130,14 @@ def train_member(job: Trainee) -> None:
         done += 1
         asked = _asked_to_stop(job, done)
         saving = done % run.save_every == 0 or done == plan.steps or asked
-        if done % run.log_every == 0 or saving:
+        if saving or done == job.branch or done % run.log_every == 0:
             log(job, done)  # before a state is kept: a step that broke a promise must not be in it
+        undone = job.recovery.found is not None
         if job.recovery.found is not None:
             done = go_back(job, job.recovery.found)
-        elif saving:
+        elif done == job.branch:
+            save(job, done, name=branch_of(plan.name))
+        if saving and not undone:
             save(job, done)
         if asked and done < plan.steps:
             kind = Interrupted if job.stop.signal == signal.SIGINT else Preempted
@@ -143,9 +157,11 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         steps=job.plan.steps,
         schedule=train.schedule,
         warmup=job.warmup,
-        decay_fraction=train.decay_fraction,
+        decay_fraction=train.decay_fraction if job.decay_fraction is None else job.decay_fraction,
+        start=job.start_lr,
     )
     set_rates(job.optimizer, factor)
+    follow_hints(job.optimizer, step)
     place = step + job.recovery.passed_over
     for micro in range(train.accumulation):
         last = micro == train.accumulation - 1
@@ -154,11 +170,17 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         with nullcontext() if last else accelerator.no_sync(wrapped):
             logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
-            loss = loss / train.accumulation
-            accelerator.backward(loss)
-        job.optimizer.observe(loss)
+            objective, flops = job.teaching.objective(step, window, logits, loss)
+            accelerator.backward(objective / train.accumulation)
+        # The gates and the history see the cross-entropy, whatever else is minimised.
+        job.optimizer.observe(loss / train.accumulation)
+        job.meter.loss_flops += flops * accelerator.num_processes
     job.optimizer.step()
     job.optimizer.zero_grad()
+    if job.teaching.on_step is not None:
+        job.optimizer.intact = False  # if it breaks off, weights are between two steps
+        job.meter.loss_flops += job.teaching.after(step)
+        job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
 
 
@@ -229,13 +251,19 @@ def resume(job: Trainee) -> int:
     return step
 
 
-def save(job: Trainee, step: int, *, together: bool = True) -> None:
+def branch_of(member: str) -> str:
+    """Return the name under which a member's state lies before its learning rate fell."""
+    return f"{member}.stable"
+
+
+def save(job: Trainee, step: int, *, together: bool = True, name: str | None = None) -> None:
     """Commit the training state after ``step`` steps; one process writes.
 
     Args:
         job: what is trained.
         step: steps done.
         together: wait for the other processes.
+        name: under which it is kept; the member's own if left out.
 
     Raises:
         DivergedError: a weight is not finite; the state before stays.
@@ -244,7 +272,7 @@ def save(job: Trainee, step: int, *, together: bool = True) -> None:
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
     regular = step % job.settings.run.save_every == 0 or step == job.plan.steps
-    keep = job.recovery.keep(step, regular=regular)
+    keep = job.recovery.keep(step, regular=regular) if name is None else []
     if job.accelerator.is_main_process:
         tree = {
             "weights": weights_of(job.model),
@@ -254,10 +282,11 @@ def save(job: Trainee, step: int, *, together: bool = True) -> None:
             "recovery": job.recovery.state_dict(),
         }
         try:
-            job.folder.save_state(job.plan.name, tree, step=step, keep=keep)
+            job.folder.save_state(name or job.plan.name, tree, step=step, keep=keep)
         except TypeError as error:
             raise PluginError(f"{_culprit(job, tree)}; {_what_is_kept(job)}") from error
-    job.saved = step
+    if name is None:
+        job.saved = step
     if together:
         job.accelerator.wait_for_everyone()
     job.meter.start(job.accelerator.device)

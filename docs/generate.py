@@ -19,6 +19,7 @@ import measured
 
 from ars_kit import errors, spec
 from ars_kit.cli import cli
+from ars_kit.roster import parse_depths
 from ars_kit.schema import _argument_docs, describe
 from ars_kit.settings import (
     PRETRAINED,
@@ -26,7 +27,6 @@ from ars_kit.settings import (
     Settings,
     field_docs,
     keys,
-    parse_members,
     spelled,
 )
 
@@ -115,11 +115,12 @@ def settings(_: str) -> str:
 
 def shapes(_: str) -> str:
     """Return the table of the embedded family's shapes under the default settings."""
-    from ars_kit.models import count_parameters, embedded_config  # noqa: PLC0415 -- slow
+    from ars_kit.models import count_parameters  # noqa: PLC0415 -- slow
+    from ars_kit.shapes import embedded_config  # noqa: PLC0415 -- slow
 
     default = Settings()
     family, rows = default.family, []
-    for depth in parse_members(family.members):
+    for depth in parse_depths(family.members):
         config = embedded_config(
             depth,
             vocab_size=family.vocab_size,

@@ -20,12 +20,11 @@ from ars_kit.errors import ConfigError
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.models import (
     build,
-    embedded_config,
-    grown_config,
     logits_difference,
     set_weights,
     weights_of,
 )
+from ars_kit.shapes import embedded_config, grown_config
 from ars_kit_plugins.architecture import inherited_layers, refusal
 from ars_kit_plugins.growth import grow, plan
 

@@ -27,9 +27,7 @@ from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.models import (
     build,
     count_parameters,
-    embedded_config,
     flops_per_token,
-    grown_config,
     load_base,
     load_base_config,
     load_member,
@@ -39,6 +37,7 @@ from ars_kit.models import (
     set_weights,
     weights_of,
 )
+from ars_kit.shapes import embedded_config, grown_config
 
 TOKENS = torch.randint(0, 60, (2, 17), generator=torch.Generator().manual_seed(0))
 SHAPE = {

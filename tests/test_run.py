@@ -21,7 +21,7 @@ from conftest import Cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from ars_kit.models import embedded_config
+from ars_kit.shapes import embedded_config
 
 
 def weights_hash(out: Path, members: tuple[str, ...] = ("d2", "d3", "d4")) -> list[str]:

@@ -6,8 +6,9 @@ from typing import Literal
 import pytest
 
 from ars_kit.errors import ConfigError
+from ars_kit.roster import parse_depths
 from ars_kit.schema import Choice, bind, coerce, parse_choice, signature_of
-from ars_kit.settings import differences, keys, parse_members, resolve, to_toml
+from ars_kit.settings import differences, keys, resolve, to_toml
 
 
 def test_choice_round_trips() -> None:
@@ -160,4 +161,4 @@ def test_a_misspelt_variable_is_refused_and_other_programs_are_left_alone() -> N
 
 
 def test_members() -> None:
-    assert parse_members("d10..d12,d15") == (10, 11, 12, 15)
+    assert parse_depths("d10..d12,d15") == (10, 11, 12, 15)

@@ -11,8 +11,9 @@ import torch
 
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
-from ars_kit.models import build, embedded_config, logits_difference, set_weights, weights_of
+from ars_kit.models import build, logits_difference, set_weights, weights_of
 from ars_kit.schema import parse_choice
+from ars_kit.shapes import embedded_config
 from ars_kit.spec import Birth, InheritanceStrategy, Parent
 
 TOKENS = torch.randint(0, 60, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import sys
 import click
 
 from ars_kit import __version__
+from ars_kit.cli.growing import grow
 from ars_kit.cli.installation import completion, config, doctor
 from ars_kit.cli.members import evaluate, select, status, verify
 from ars_kit.cli.plugins import plugins as plugins_group
@@ -27,6 +28,7 @@ for _command in (
     config,
     doctor,
     evaluate,
+    grow,
     plan,
     plugins_group,
     run,

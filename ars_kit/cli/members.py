@@ -123,10 +123,10 @@ def select(metric: str, out: Path, as_json: bool) -> None:
 
 def _expand(names: tuple[str, ...]) -> list[str]:
     """Turn ranges such as d10..d18 into names; anything else stands for itself."""
-    from ars_kit.settings import parse_members
+    from ars_kit.roster import parse_depths
 
     expanded: list[str] = []
     for name in names:
         is_range = ".." in name and name.startswith("d") and "/" not in name
-        expanded += [f"d{n}" for n in parse_members(name)] if is_range else [name]
+        expanded += [f"d{n}" for n in parse_depths(name)] if is_range else [name]
     return expanded

@@ -32,7 +32,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from ars_kit.errors import ConfigError
-from ars_kit.spec import Block
+from ars_kit.spec import Block, LazyWeights, Span, like
 from ars_kit_plugins.architecture import (
     AXES,
     SILENT,
@@ -46,9 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-__all__ = ["Growth", "Operator", "Run", "grow", "plan"]
+__all__ = ["Growth", "Operator", "Run", "grow", "plan", "residual_width"]
 
-Span = tuple[int, int, int]
 GAINS = ("model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")
 
 
@@ -114,8 +113,18 @@ class Growth:
         return None if layer is None else f"{head}.layers.{layer}.{tail}"
 
 
-def plan(parent: PretrainedConfig, child: PretrainedConfig) -> Growth:
+def plan(
+    parent: PretrainedConfig,
+    child: PretrainedConfig,
+    layers: tuple[int | None, ...] | None = None,
+) -> Growth:
     """Return the operators that lead from ``parent`` to ``child``.
+
+    Args:
+        parent: the parent's configuration.
+        child: the child's configuration.
+        layers: for each child layer the parent layer that it continues; by default each parent
+            layer is continued once, and new blocks are spread evenly.
 
     Raises:
         ConfigError: :func:`refusal` has a reason.
@@ -126,11 +135,11 @@ def plan(parent: PretrainedConfig, child: PretrainedConfig) -> Growth:
     if reason:
         raise ConfigError(reason)
     p, c = Shape.of(parent), Shape.of(child)
-    layers = inherited_layers(p.kinds, c.kinds)
+    layers = layers or inherited_layers(p.kinds, c.kinds)
     assert layers is not None  # noqa: S101 -- refusal has looked
     found = (
         _identity_blocks(p, c),
-        _residual_width(p, c, head_norms=parent.model_type == "qwen3"),
+        residual_width(p, c, head_norms=parent.model_type == "qwen3"),
         _mlp_width(p, c),
         _heads(p, c),
     )
@@ -142,61 +151,86 @@ def grow(
     weights: Mapping[str, Tensor],
     child: PretrainedConfig,
     fresh: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Sequence[Block]]]:
-    """Return the child's weights and where each entry came from.
+    layers: tuple[int | None, ...] | None = None,
+) -> tuple[Mapping[str, Tensor], dict[str, Sequence[Block]]]:
+    """Return the child's weights, made one at a time when asked for, and where each came from.
 
     Args:
         parent: the parent's configuration.
         weights: the parent's tensors by Hugging Face name, a tied head once.
         child: the child's configuration.
         fresh: the child's tensors as freshly initialised; they decide shapes, precision, device.
+        layers: as :func:`plan` takes them.
 
     Raises:
         ConfigError: :func:`refusal` has a reason, or the parent's tensors do not fit its
             configuration.
     """
-    growth = plan(parent, child)
-    grown: dict[str, Tensor] = {}
+    growth = plan(parent, child, layers)
     provenance: dict[str, Sequence[Block]] = {}
-    for name, new in fresh.items():
+    for name in fresh:
         source = growth.source(name)
         if source is not None and source not in weights:
             raise ConfigError(f"the parent's weights lack {source}, which its configuration needs")
-        old = None if source is None else weights[source]
-        grown[name], provenance[name] = _grow_tensor(growth, name, source, old, new)
-    return grown, provenance
+        old = () if source is None else tuple(like(weights, source).shape)
+        new = tuple(like(fresh, name).shape)
+        provenance[name] = () if source is None else _blocks(growth, name, source, old, new)
+
+    def read(name: str) -> Tensor:
+        return _grown(growth, name, provenance[name], weights, fresh)
+
+    return LazyWeights({name: like(fresh, name) for name in fresh}, read), provenance
 
 
-def _grow_tensor(
-    growth: Growth, name: str, source: str | None, old: Tensor | None, new: Tensor
-) -> tuple[Tensor, tuple[Block, ...]]:
-    end = next((e for e in AXES if name.endswith(e)), "")
-    out = new.clone()
-    if end in SILENT or end == "embed_tokens.weight":
-        out.zero_()
-    if source is None or old is None:
-        return out, ()
-    axes = AXES[end] if growth.operators and end else ("",) * old.ndim
-    coefficient = growth.coefficient(end)
-    for span in growth.zeroed(end):
-        out[slice(*span)] = 0
+def _blocks(
+    growth: Growth, name: str, source: str, old: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[Block, ...]:
+    end = _end(name)
+    axes = AXES[end] if growth.operators and end else ("",) * len(old)
     landings = []
-    for runs, n, m in zip(map(growth.runs, axes), old.shape, new.shape, strict=True):
+    for runs, n, m in zip(map(growth.runs, axes), old, new, strict=True):
         if not _fits(runs, n, m):
             raise ConfigError(
-                f"{source} of the parent has shape {tuple(old.shape)}, which does not fit "
-                f"{tuple(new.shape)} of the child"
+                f"{source} of the parent has shape {old}, which does not fit {new} of the child"
             )
         landings.append(runs or (Run((0, n, 1), (0, n, 1)),))
-    blocks = tuple(
+    coefficient = growth.coefficient(end)
+    return tuple(
         Block(source, tuple(r.child for r in runs), tuple(r.parent for r in runs), coefficient)
         for runs in product(*landings)
     )
+
+
+def _grown(
+    growth: Growth,
+    name: str,
+    blocks: Sequence[Block],
+    weights: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
+) -> Tensor:
+    end, model = _end(name), like(fresh, name)
+    device = "cpu" if model.is_meta else model.device
+    old = weights[blocks[0].parent] if blocks else None
+    covered = sum(math.prod(len(range(*span)) for span in b.child_index) for b in blocks)
+    if old is not None and covered == model.numel():
+        out = model.new_empty(model.shape, device=device)
+    elif end in SILENT or end == "embed_tokens.weight":
+        out = model.new_zeros(model.shape, device=device)
+    else:
+        drawn = fresh[name]
+        out = drawn if isinstance(fresh, LazyWeights) else drawn.clone()
+        for span in growth.zeroed(end) if blocks else ():
+            out[slice(*span)] = 0
     for block in blocks:
-        values = old[_slices(block.parent_index)].to(out)
+        assert old is not None  # noqa: S101 -- a block has a parent
+        values, coefficient = block.source(old).to(out), block.coefficient
         # Multiplying by one would be exact too, but costs a copy of the whole model.
-        out[_slices(block.child_index)] = values if coefficient == 1.0 else values * coefficient
-    return out, blocks
+        out[block.target] = values if coefficient == 1.0 else values * coefficient
+    return out
+
+
+def _end(name: str) -> str:
+    return next((e for e in AXES if name.endswith(e)), "")
 
 
 def _fits(runs: tuple[Run, ...] | None, old: int, new: int) -> bool:
@@ -207,17 +241,18 @@ def _fits(runs: tuple[Run, ...] | None, old: int, new: int) -> bool:
     return taken == old and max(run.child[1] for run in runs) <= new
 
 
-def _slices(index: Sequence[Span]) -> tuple[slice, ...]:
-    return tuple(slice(*span) for span in index)
-
-
 def _identity_blocks(p: Shape, c: Shape) -> Operator | None:
     if p.layers == c.layers:
         return None
     return Operator("identity-blocks", f"layers {p.layers} -> {c.layers}")
 
 
-def _residual_width(p: Shape, c: Shape, *, head_norms: bool) -> Operator | None:
+def residual_width(p: Shape, c: Shape, *, head_norms: bool) -> Operator | None:
+    """Return the operator for another width of the residual stream, None where it stays.
+
+    Its coefficients hold for a narrower child too, of which :mod:`ars_kit_plugins.pruning` makes
+    use; its axes for a wider one alone.
+    """
     if p.residual == c.residual:
         return None
     scale = math.sqrt(p.residual / c.residual)

@@ -2,70 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-from ars_kit.spec import Birth, InheritanceStrategy, Offer, Parent, Seed, hookimpl
-from ars_kit_plugins.architecture import refusal
-from ars_kit_plugins.growth import grow
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-class Progressive:
-    """Each child begins as an exact continuation of its parent's cooled weights.
-
-    Same shape: a copy, so the family is a chain of fine-tunes. Deeper or wider: identity blocks
-    spread evenly and zero-padded width (:mod:`ars_kit_plugins.growth`), which leave every logit as
-    it was. The optimizer's moments follow the weights they belong to.
-
-    Args:
-        opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
-        rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-    """
-
-    inherits = True
-
-    def __init__(
-        self, *, opt_state: Literal["derive", "reset"] = "derive", rewarm_steps: int = 10
-    ) -> None:
-        if rewarm_steps < 0:
-            raise ValueError(f"rewarm_steps must not be negative, not {rewarm_steps}")
-        self.opt_state: Literal["derive", "reset"] = opt_state
-        self.rewarm_steps = rewarm_steps
-
-    def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
-        """Return why the child's shape cannot continue the parent's, or None if it can."""
-        return refusal(parent, child)
-
-    def inherit(self, parent: Parent, birth: Birth) -> Seed:
-        """Return the parent, grown to the child's shape."""
-        weights, provenance = grow(parent.config, parent.weights, birth.config, birth.fresh)
-        return Seed(
-            weights=weights,
-            provenance=provenance,
-            preserves="exact",
-            opt_state=self.opt_state,
-            rewarm_steps=self.rewarm_steps,
-        )
-
-
-class Scratch:
-    """Every member alone, from its own fresh weights: the control.
-
-    Where a pretrained base was named, every member starts from that base instead.
-    """
-
-    inherits = False
-
-    def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
-        """Return why the child cannot start from the base, or None if it can."""
-        return refusal(parent, child)
-
-    def inherit(self, parent: Parent, birth: Birth) -> Seed:
-        """Return the base, grown to the child's shape."""
-        weights, provenance = grow(parent.config, parent.weights, birth.config, birth.fresh)
-        return Seed(weights=weights, provenance=provenance, preserves="exact")
+from ars_kit.spec import InheritanceStrategy, Offer, hookimpl
+from ars_kit_plugins.consolidation import Ewc
+from ars_kit_plugins.distillation import Distill
+from ars_kit_plugins.duplication import Duplicate, Stack
+from ars_kit_plugins.lineages import Jump, Progressive, Scratch, Trunk
+from ars_kit_plugins.pruning import Prune
+from ars_kit_plugins.soups import Soup
 
 
 @hookimpl
@@ -74,4 +17,12 @@ def arskit_strategies() -> list[Offer[InheritanceStrategy]]:
     return [
         Offer("progressive", "each member continues its predecessor exactly, grown", Progressive),
         Offer("scratch", "each member alone from fresh weights: the control", Scratch),
+        Offer("jump", "each member is one exact growth from the family's first", Jump),
+        Offer("trunk", "a stable trunk grows; each member is a cooled branch of it", Trunk),
+        Offer("stack", "deeper by the parent's blocks stacked upon themselves", Stack),
+        Offer("duplicate", "deeper by copies of neighbouring blocks", Duplicate),
+        Offer("distill", "continues its predecessor and learns from its logits", Distill),
+        Offer("ewc", "continues its predecessor and is held near it (EWC)", Ewc),
+        Offer("soup", "a chain, and at its end the average of the last of one shape", Soup),
+        Offer("prune", "the largest first, each smaller one cut out and taught", Prune),
     ]

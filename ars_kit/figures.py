@@ -1,0 +1,176 @@
+"""A member's figures, as ``metrics.json`` keeps them; docs/metrics.md defines each."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ars_kit.errors import PluginError
+from ars_kit.measure import convergence_step, final_loss
+from ars_kit.models import count_parameters
+from ars_kit.outcome import read_metrics
+from ars_kit.store import read_history
+
+if TYPE_CHECKING:
+    from ars_kit.births import Cradle, Newborn
+    from ars_kit.plan import MemberPlan
+    from ars_kit.spec import Blend
+    from ars_kit.train import Trainee
+
+
+def member_metrics(
+    cradle: Cradle,
+    member: MemberPlan,
+    job: Trainee,
+    born: Newborn,
+    quality: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """Return the figures of a member that was trained."""
+    settings, meter = cradle.plan.settings, job.meter
+    rows = read_history(cradle.folder.history_path(member.name))
+    losses = [row["loss"] for row in rows if not row["skipped"] and row["loss"] is not None]
+    summary = job.optimizer.summary()
+    converged = convergence_step(losses)
+    steps_per_iteration = settings.train.steps_per_iteration
+    flops = _flops(member, job)
+    total = flops + born.facts["setup_flops"] + meter.loss_flops
+    head = {
+        "model_id": member.name,
+        "parent_model": member.parent,
+        "training_time": meter.seconds,
+        "final_loss": final_loss(losses),
+        "convergence_iterations": converged and -(-converged // steps_per_iteration),
+        "ars_damping_avg": summary["damping"],
+        "vram_usage_peak": None if meter.peak_vram is None else meter.peak_vram / 1e9,
+        "timestamp": _now(),
+    }
+    rest = {
+        "convergence_steps": converged,
+        "steps": member.steps,
+        "tokens": meter.tokens,
+        "flops": flops,
+        "setup_flops": born.facts["setup_flops"],
+        "loss_flops": meter.loss_flops,
+        "total_flops": total,
+        "lineage_flops": born.flops + total,
+        "lineage_tokens": born.tokens + meter.tokens,
+        "parameters": member.parameters,
+        "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else None,
+        "peak_rss": meter.peak_rss,
+        "skipped_steps": summary["skipped"],
+        "rollbacks": job.recovery.events,
+        "gates": summary["gates"],
+        "cost": meter.seconds / 3600 * settings.run.price_per_hour,
+        "price_per_hour": settings.run.price_per_hour,
+        "birth": born.facts,
+        **_run(cradle),
+        "device": device_name(job.accelerator.device),
+        "processes": job.accelerator.num_processes,
+    }
+    clash = quality.keys() & (head.keys() | rest.keys())
+    if clash:
+        raise PluginError(
+            f"an evaluator returned {', '.join(sorted(clash))}, which the run measures itself; the "
+            "member is trained and kept as a training state: run again without it"
+        )
+    return {**head, **quality, **rest}
+
+
+def _flops(member: MemberPlan, job: Trainee) -> float:
+    """Return what training took, steps that were undone included."""
+    undone = bool(job.recovery.events)
+    return member.flops * job.meter.tokens / member.tokens if undone else member.flops
+
+
+def blend_metrics(
+    cradle: Cradle, made: Blend, flops: float, quality: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Return the figures of a member that was made of others, without training.
+
+    Args:
+        cradle: the run.
+        made: the member.
+        flops: that its making cost.
+        quality: what the evaluators found.
+    """
+    ancestors = [read_metrics(cradle.folder, name) for name in _ancestors(cradle, made)]
+    price = cradle.plan.settings.run.price_per_hour
+    return {
+        "model_id": made.name,
+        "parent_model": made.sources[-1],
+        "training_time": 0.0,
+        "final_loss": None,
+        "convergence_iterations": None,
+        "ars_damping_avg": None,
+        "vram_usage_peak": None,
+        "timestamp": _now(),
+        **quality,
+        "convergence_steps": None,
+        "steps": 0,
+        "tokens": 0,
+        "flops": 0.0,
+        "setup_flops": flops,
+        "loss_flops": 0.0,
+        "total_flops": flops,
+        "lineage_flops": sum(m["total_flops"] for m in ancestors) + flops,
+        "lineage_tokens": sum(m["tokens"] for m in ancestors),
+        "parameters": count_parameters(made.config),
+        "tokens_per_second": None,
+        "peak_rss": None,
+        "skipped_steps": 0,
+        "rollbacks": [],
+        "gates": {},
+        "cost": 0.0,
+        "price_per_hour": price,
+        "birth": {"parent": made.sources[-1], "sources": list(made.sources), "note": made.note},
+        **_run(cradle),
+        "device": device_name(cradle.device),
+        "processes": 1,
+    }
+
+
+def _ancestors(cradle: Cradle, made: Blend) -> list[str]:
+    """Return everything that a blend descends from, each once."""
+    parents = {e.member: e.parent for e in cradle.folder.lineage()}
+    found: dict[str, None] = {}
+    for source in made.sources:
+        name: str | None = source
+        while name is not None:
+            found[name] = None
+            name = parents[name]
+    return list(found)
+
+
+def _run(cradle: Cradle) -> dict[str, Any]:
+    settings, facts = cradle.plan.settings, cradle.corpus.facts
+    return {
+        "strategy": str(settings.family.strategy),
+        "optimizer": str(settings.optimizer.name),
+        "base_optimizer": str(settings.optimizer.base),
+        "seed": settings.family.seed,
+        "data_hash": facts.data_hash,
+        "tokenizer_hash": facts.tokenizer_hash,
+        "precision": cradle.plan.precision,
+        "versions": _versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as a person knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("ars-kit", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}

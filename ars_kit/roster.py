@@ -1,0 +1,158 @@
+"""Who is in a family: depths (``d10..d18``), or shapes written out one by one.
+
+Shapes come from a file, ``--members members.toml``:
+
+.. code-block:: toml
+
+    [[member]]
+    name = "small"
+    num_hidden_layers = 4
+    hidden_size = 32
+
+or from its one-line form, in which a run keeps them:
+``small:num_hidden_layers=4,hidden_size=32; large:...``.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ars_kit.errors import ConfigError
+from ars_kit.schema import Choice, coerce, did_you_mean, parse_choice
+
+SUFFIX = ".toml"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_TAKEN = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member's name, and its shape so far as the name does not say it.
+
+    Attributes:
+        name: its directory's.
+        num_hidden_layers: its depth.
+        hidden_size: width of the residual stream. None leaves it, and each of the following, to
+            the family's rule or its base.
+        intermediate_size: width of the MLP.
+        num_attention_heads: query heads.
+        num_key_value_heads: heads that queries share.
+        head_dim: dimensions of a head.
+    """
+
+    name: str
+    num_hidden_layers: int
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    def __str__(self) -> str:
+        """Return the one-line form."""
+        shape = {k: v for k, v in self.shape().items() if v is not None}
+        return str(Choice(self.name, shape))
+
+    def shape(self) -> dict[str, int | None]:
+        """Return the sizes by their configuration key."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+
+
+SIZES = tuple(f.name for f in fields(Member) if f.name != "name")
+
+
+def parse_roster(text: str) -> tuple[Member, ...]:
+    """Read ``family.members``: depths, or shapes in their one-line form.
+
+    Raises:
+        ConfigError: not of that form, empty, or a name stands there twice.
+    """
+    if ":" not in text:
+        return tuple(Member(f"d{depth}", depth) for depth in parse_depths(text))
+    choices = [parse_choice(part) for part in text.split(";") if part.strip()]
+    return _checked([_member(c.settings, c.name, f"member {c.name!r}") for c in choices])
+
+
+def read_roster(path: Path) -> str:
+    """Return the one-line form of a file of shapes.
+
+    Raises:
+        ConfigError: it is unreadable, no TOML, or not a list of ``[[member]]``.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read members file {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    entries = tree.get("member")
+    if tree.keys() != {"member"} or not isinstance(entries, list):
+        raise ConfigError(f"{path} must hold nothing but [[member]] tables, one for each member")
+    members = []
+    for number, entry in enumerate(entries, start=1):
+        name = entry.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: [[member]] number {number} needs a name")
+        members.append(_member(entry, name, f"{path}: member {name!r}"))
+    return "; ".join(map(str, _checked(members)))
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Read ``d10..d18`` or ``d10,d12`` into depths in birth order.
+
+    Raises:
+        ConfigError: not of that form, empty, descending or repeated.
+    """
+    depths: list[int] = []
+    for part in (p.strip() for p in text.split(",")):
+        match = re.fullmatch(r"d(\d+)(?:\.\.d(\d+))?", part)
+        if not match:
+            raise ConfigError(
+                f"cannot read members {text!r}; write d10..d18, or d10,d12, or name a file of "
+                f"shapes that ends in {SUFFIX}"
+            )
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if last < first:
+            raise ConfigError(f"members {part!r} run downwards; write d{last}..d{first}")
+        depths += range(first, last + 1)
+    if depths != sorted(set(depths)):
+        raise ConfigError(f"members {text!r} must grow from one to the next, each named once")
+    if depths[0] < 1:
+        raise ConfigError("a member needs at least one layer; start at d1")
+    return tuple(depths)
+
+
+def _member(raw: Mapping[str, Any], name: str, where: str) -> Member:
+    for key in raw:
+        if key not in SIZES:
+            raise ConfigError(
+                f"{where} has no size {key!r}{did_you_mean(key, SIZES)}. There are: "
+                f"{', '.join(SIZES)}"
+            )
+    sizes = {key: coerce(value, int, f"{where}: {key}") for key, value in raw.items()}
+    if "num_hidden_layers" not in sizes:
+        raise ConfigError(f"{where} needs num_hidden_layers")
+    small = [f"{key} = {value}" for key, value in sizes.items() if value < 1]
+    if small:
+        raise ConfigError(f"{where}: {small[0]} must be at least 1")
+    return Member(name=name, **sizes)
+
+
+def _checked(members: list[Member]) -> tuple[Member, ...]:
+    if not members:
+        raise ConfigError("a family needs at least one member")
+    for i, member in enumerate(members):
+        if not _NAME.fullmatch(member.name) or member.name == _TAKEN:
+            raise ConfigError(
+                f"{member.name!r} cannot be a member's name: write letters, digits, _ and -, "
+                f"and not {_TAKEN}"
+            )
+        if member.name in [m.name for m in members[:i]]:
+            raise ConfigError(f"member {member.name!r} is named twice")
+    return tuple(members)

@@ -1,0 +1,105 @@
+"""Deeper children whose new blocks are copies of old ones: rivals of exact growth, not exact.
+
+Width, where it changes too, is padded exactly as in :mod:`ars_kit_plugins.growth`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ars_kit.errors import ConfigError
+from ars_kit.spec import Birth, Parent, Seed
+from ars_kit_plugins.architecture import Shape, inherited_layers, refusal
+from ars_kit_plugins.lineages import Heir, continuation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Kinds = Sequence[str]
+Layers = tuple[int | None, ...]
+
+
+class Copies(Heir, ABC):
+    """What strategies that repeat blocks have in common."""
+
+    how: ClassVar[str]
+
+    @abstractmethod
+    def places(self, parent: Kinds, child: Kinds) -> Layers:
+        """Return the parent layer that each child layer copies, from the kinds of both's layers."""
+
+    def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
+        """Return why the child's layers cannot be the parent's, or None if they can."""
+        reason = refusal(parent, child)
+        if reason or not _deeper(parent, child):
+            return reason
+        p, c = Shape.of(parent).kinds, Shape.of(child).kinds
+        for j, source in enumerate(self.places(p, c)):
+            if source is not None and p[source] != c[j]:
+                return f"layer {j} has {c[j]}, but the layer that it would copy has {p[source]}"
+        return None
+
+    def inherit(self, parent: Parent, birth: Birth) -> Seed:
+        """Return the parent, its blocks repeated where the child is deeper."""
+        reason = self.supports(parent.config, birth.config)
+        if reason:
+            raise ConfigError(reason)
+        if not _deeper(parent.config, birth.config):
+            return self.continued(parent, birth, "grown cooled lineage")
+        kinds = Shape.of(parent.config).kinds, Shape.of(birth.config).kinds
+        return continuation(
+            parent,
+            birth,
+            opt_state=self.opt_state,
+            rewarm_steps=self.rewarm_steps,
+            note=f"grown cooled lineage, {self.how}",
+            layers=self.places(*kinds),
+            preserves="none",
+        )
+
+
+class Stack(Copies):
+    """The parent's blocks stacked upon themselves: child layer j is parent layer j mod L.
+
+    G_stack (Du et al., 2405.15319) grows by a whole factor; where the child's depth is none, the
+    last repetition is cut short.
+
+    Args:
+        opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
+        rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+    """
+
+    how = "blocks stacked"
+
+    def places(self, parent: Kinds, child: Kinds) -> Layers:
+        """Return the parent's layers from first to last, again and again."""
+        return tuple(j % len(parent) for j in range(len(child)))
+
+
+class Duplicate(Copies):
+    """New blocks, where identity blocks would stand, are copies of the block before them.
+
+    The first ones, with none before, copy the block after.
+
+    Args:
+        opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
+        rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+    """
+
+    how = "neighbours copied"
+
+    def places(self, parent: Kinds, child: Kinds) -> Layers:
+        """Return each old layer at its place, and each new one as its neighbour."""
+        places = inherited_layers(parent, child) or ()
+        last = next((place for place in places if place is not None), None)
+        found: list[int | None] = []
+        for place in places:
+            last = last if place is None else place
+            found.append(last)
+        return tuple(found)
+
+
+def _deeper(parent: PretrainedConfig, child: PretrainedConfig) -> bool:
+    return bool(parent.num_hidden_layers != child.num_hidden_layers)
