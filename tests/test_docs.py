@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -294,6 +296,62 @@ def test_runnable_examples_do_what_the_page_says(
 )
 def test_outputs_are_compared_apart_from_numbers(page: str, printed: str, same: bool) -> None:
     assert bool(re.fullmatch(pattern_of(page), normalised(printed))) == same
+
+
+# --- examples of Python ----------------------------------------------------------------------
+
+SNIPPET = re.compile(
+    r"^```python runnable\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
+DRIVER = """
+import json, os, sys
+first, *rest = json.load(open(sys.argv[1]))
+for number, code in enumerate(rest):
+    if "init_process_group" in code:  # as torchrun would have it
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = sys.argv[2]
+    print(f"<<{number}>>", flush=True)
+    exec(compile(first + code, f"<block {number + 2} of the page>", "exec"), {"__name__": "page"})
+"""
+SCRIPTED = [page for page in generate.pages() if SNIPPET.search(page.read_text(encoding="utf-8"))]
+
+
+def run_snippets(codes: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run each block behind the first, in a fresh namespace."""
+    (folder / "codes.json").write_text(json.dumps(codes))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, "codes.json", str(port)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("page", SCRIPTED, ids=lambda p: p.name)
+def test_python_on_a_page_does_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = SNIPPET.findall(text)
+    assert len(found) == len(re.findall(r"^```python", text, re.MULTILINE)), "some are not run"
+    done = run_snippets([code for code, _ in found], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = re.split(r"<<\d+>>\n", done.stdout)[1:]
+    assert len(printed) == len(found) - 1
+    for (code, wanted), output in zip(found[1:], printed, strict=True):
+        if wanted:
+            assert re.fullmatch(pattern_of(wanted), normalised(output)), f"{code}\n{output}"
+
+
+def test_python_that_fails_is_noticed(tmp_path: Path) -> None:
+    assert SCRIPTED
+    done = run_snippets(["a = 1\n", "print(a)\n", "a += 1\nprint(a)\nassert a == 3\n"], tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == "<<0>>\n1\n<<1>>\n2\n"
+    assert 'File "<block 3 of the page>", line 4' in done.stderr
 
 
 # --- the example package ---------------------------------------------------------------------

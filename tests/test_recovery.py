@@ -64,11 +64,21 @@ def test_what_passes_is_not_found() -> None:
         "spikes": spikes,
         "a rise of a few sigmas": noisy(3, 200) + noisy(3.3, 200),
         "a rise that heals": noisy(3, 200) + noisy(6, 50) + noisy(3, 150),
+        "rises that heal": noisy(3, 100) + 3 * (noisy(6, 50) + noisy(3, 50)),
+        "a small rise of constants": [2.0] * 100 + [2.1] * 200,
         "nothing finite": [math.nan] * 400,
         "no loss": [None] * 400,
     }
     for name, losses in calm.items():
         assert Watch().look(rows(losses)) is None, name
+
+
+def test_sigma_has_a_floor() -> None:
+    for level, sigma in ((1.0, 0.02), (5.0, 0.05)):
+        found = Watch().look(rows([level] * 100 + [level + 6.1 * sigma] * 200))
+        assert found is not None
+        assert found.sigma == pytest.approx(sigma)
+        assert Watch().look(rows([level] * 100 + [level + 5.9 * sigma] * 200)) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
@@ -372,6 +382,35 @@ def test_asked_to_stop_it_ends_the_same(
     job = job_in(tmp_path, settings())
     train_member(job)
     assert_ends_as(undisturbed, job, tmp_path)
+
+
+def twice_bad(place: int) -> bool:
+    return place in (70, 130)
+
+
+@pytest.mark.parametrize("asked", [None, 98, 104])
+def test_it_goes_back_twice_and_to_a_later_state(tmp_path: Path, asked: int | None) -> None:
+    """A state that a signal asked for, just after the first time, is none to go back to."""
+    job = job_in(tmp_path, settings(), bad=twice_bad)
+    step, taken = job.optimizer.base.step, []
+
+    def noting(closure: Any = None) -> Any:
+        taken.append(1)
+        if len(taken) == asked:
+            job.stop.signal = 15
+        return step(closure)
+
+    job.optimizer.base.step = noting  # type: ignore[method-assign]
+    if asked is not None:
+        with pytest.raises(Preempted):
+            train_member(job)
+        job = job_in(tmp_path, settings(), bad=twice_bad)
+    train_member(job)
+    assert [event["back_to"] for event in job.recovery.events] == [48, 64]
+    assert job.recovery.passed_over == sum(event["batches"] for event in job.recovery.events)
+    read: Any = job.batches
+    assert read.read[-1] == STEPS - 1 + job.recovery.passed_over
+    assert history(tmp_path)[-1]["loss"] < 2
 
 
 def test_how_often_somebody_looks_changes_nothing(

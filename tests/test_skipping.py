@@ -73,6 +73,19 @@ def test_bad_batches_do_not_mask_each_other(share: float) -> None:
         assert sum(olmo(losses)[later]) < 0.1 * sum(bad[later]), "the original masks itself"
 
 
+def test_what_was_skipped_is_not_learned_from() -> None:
+    """More bad batches than good ones, but never too many in a row."""
+    bad = [False] * 128 + [True, True, True, False, False] * 60
+    losses = [v + 4 * b for v, b in zip(calm(428), bad, strict=True)]
+    assert ask(SkipStep(most=3), losses) == bad
+
+
+def test_many_values_that_are_no_numbers_do_not_blind_it() -> None:
+    for wild in (math.nan, math.inf, -math.inf):
+        losses = [*calm(100), *[wild] * 120, 9.0]
+        assert ask(SkipStep(), losses) == [False] * 220 + [True]
+
+
 def test_one_value_that_is_no_number_changes_nothing_after_it() -> None:
     for wild in (math.nan, math.inf, -math.inf):
         losses = [*calm(100), wild, *calm(100, seed=2)]

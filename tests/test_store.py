@@ -224,6 +224,25 @@ def test_a_damaged_state_is_never_passed_over(folder: RunFolder, name: str) -> N
     assert folder.load_state("d1") is not None
 
 
+def test_killed_while_going_back_no_later_state_is_left_without_the_latest(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        folder.save_state("d1", {"v": step}, step=step, keep=[10, 20])
+    removed: list[Path] = []
+
+    def dying(path: Path, *, scratch: Path) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        shutil.rmtree(path)
+
+    monkeypatch.setattr("ars_kit.store.discard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        folder.return_to("d1", 10)
+    assert folder.saved_steps("d1") == [10, 20]
+
+
 def test_history_survives_a_torn_line(folder: RunFolder) -> None:
     folder.append_history("d1", [{"step": i, "note": "größer"} for i in range(3)])
     folder.append_history("d1", [{"step": i} for i in range(3, 5)])
