@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from ars_kit.spec import StepSignal
 
@@ -49,6 +48,8 @@ def make_text(documents: int, seed: int = 0) -> list[str]:
 
 def signal_of(step: int, loss: float, alignment: float = float("nan")) -> StepSignal:
     """Return what a gate would see of an undamped step."""
+    import torch  # after the environment is set
+
     one, no = torch.ones(()), torch.zeros((), dtype=torch.bool)
     turn = torch.tensor(alignment)
     return StepSignal(
