@@ -218,6 +218,10 @@ def test_a_gate_that_cannot_be_had_stops_the_run_before_it_trains(
         assert "(arskit-broken 0.3)" in done.stderr
     assert not (tmp_path / "checkpoints").exists()
     assert run(source, "plugins", "list").returncode == 0
+    if "class Gate" not in source:
+        alone = run(source, "plan", *options[: options.index("--gate")])
+        assert alone.returncode == 0, "without that gate a run goes on"
+        assert alone.stderr.startswith("arskit: plugin 'broken' (arskit-broken 0.3) ")
 
 
 def other(kind: str, make: str, body: str = "pass", **parts: str) -> str:

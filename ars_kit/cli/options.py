@@ -141,6 +141,12 @@ def make_host() -> Host:
     return Host.installed(name.strip() for name in without.split(",") if name.strip())
 
 
+def tell_of(host: Host) -> None:
+    """Name on stderr the plugins that were put aside."""
+    for line in host.complaints():
+        click.echo(f"arskit: {line}", err=True)
+
+
 def cache_folder() -> Path:
     """Return where prepared text is kept: ``ARSKIT_CACHE``, or the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

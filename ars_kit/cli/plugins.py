@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ars_kit.cli.options import echo_json, json_option, make_console, make_host
+from ars_kit.cli.options import echo_json, json_option, make_console, make_host, tell_of
 from ars_kit.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def plugins_list(as_json: bool) -> None:
         column.justify = "left"
     made.columns[2].no_wrap = False
     make_console().print(made)
-    for line in host.complaints():
-        click.echo(line, err=True)
+    tell_of(host)
 
 
 def _offered(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:

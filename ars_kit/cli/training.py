@@ -18,6 +18,7 @@ from ars_kit.cli.options import (
     run_options,
     settings_from,
     settings_of_run,
+    tell_of,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     main_process = os.environ.get("RANK", "0") == "0"
     display = Display(plan, console)
     if main_process:
+        tell_of(host)
         check_folder(out, settings, restart=restart)
         # Text that cannot be had is said before anything is timed or trained.
         open_corpus(settings, host, cache_folder(), display.preparing)
@@ -94,7 +96,9 @@ def plan(out: Path, as_json: bool, **options: Any) -> None:
     from ars_kit.plan import estimate, plan_run
     from ars_kit.store import free_bytes
 
-    made = estimate(plan_run(settings_from(options), make_host()))
+    host = make_host()
+    made = estimate(plan_run(settings_from(options), host))
+    tell_of(host)
     if as_json:
         echo_json({**made.facts(), "available_disk_bytes": free_bytes(out)})
     else:
