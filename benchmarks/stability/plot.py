@@ -7,7 +7,7 @@ from html import escape
 
 from stability.figures import Table
 
-PANEL, LABEL, ROW, TOP, COLUMNS = 250, 150, 15, 34, 3
+PANEL, LABEL, ROW, TOP, COLUMNS = 250, 180, 15, 34, 3
 DOT, BETTER, WORSE, AXIS = 3.5, "#1a7f5a", "#b3412e", "#777"
 
 
@@ -58,7 +58,8 @@ def _panel(table: Table, provocation: str, methods: Sequence[str], reference: st
         yield f'<text x="{LABEL - 8}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
         if f.mean is None:
             said = table.deaths(provocation, name, reference) or "not run"
-            yield f'<text x="{at(0) + 6:.1f}" y="{y + 4}" fill="{AXIS}">{said}</text>'
+            place = f'x="{LABEL + PANEL - 4}" y="{y + 4}" text-anchor="end"'
+            yield f'<text {place} fill="{AXIS}">{said}</text>'
             continue
         colour = BETTER if f.mean < 0 else WORSE
         half = f.half or 0.0
