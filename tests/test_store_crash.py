@@ -352,9 +352,9 @@ from pathlib import Path
 from ars_kit.lock import exclusive
 with exclusive(Path(sys.argv[1]), what=Path("run")):
     if (worker := os.fork()) == 0:
+        print(os.getpid(), flush=True)  # the worker itself, so that it has let go of the lock
         os.close(1)
         time.sleep(60)
-    print(worker, flush=True)
     time.sleep(60)
 """
     lock = tmp_path / "lock"
