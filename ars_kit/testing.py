@@ -70,6 +70,7 @@ def check_gate(
 def loss_sequences(steps: int, seed: int, *, device: str = "cpu") -> Iterator[StepSignal]:
     """Yield ``steps`` signals as hostile as training gets, a pure function of the seed."""
     rng = torch.Generator().manual_seed(seed)
+    turning = torch.Generator().manual_seed(seed + 1)
     one = torch.ones((), device=device)
     for first in range(0, steps, BLOCK):
         count = min(BLOCK, steps - first)
@@ -80,7 +81,7 @@ def loss_sequences(steps: int, seed: int, *, device: str = "cpu") -> Iterator[St
         norms[bad & (torch.rand(count, generator=rng) < 0.5)] = math.nan
         # As in a run with the guard in front: what is not finite is mostly skipped.
         skips = (bad & (torch.rand(count, generator=rng) < 0.7)).to(device)
-        turns = torch.rand(count, generator=rng) * 2 - 1
+        turns = torch.rand(count, generator=turning) * 2 - 1
         turns = torch.where(losses.isfinite(), turns, torch.nan)
         drawn = zip(losses.to(device), norms.to(device), turns.to(device), skips, strict=True)
         for i, (loss, row, turn, skip) in enumerate(drawn):
