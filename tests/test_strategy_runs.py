@@ -478,10 +478,10 @@ def test_hints_hold_tensors_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
     save = RunFolder.save_state
 
-    def watching(self: RunFolder, member: str, tree: Any, *, step: int) -> None:
+    def watching(self: RunFolder, member: str, tree: Any, **rest: Any) -> None:
         if member == "d3":
-            states[step] = tree["weights"][name].clone()
-        save(self, member, tree, step=step)
+            states[rest["step"]] = tree["weights"][name].clone()
+        save(self, member, tree, **rest)
 
     monkeypatch.setattr(RunFolder, "save_state", watching)
     offer(monkeypatch, freezes=Freezes)
