@@ -255,7 +255,7 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
         limit = getattr(config, "max_position_embeddings", context)
         if context > limit:
             raise ConfigError(f"data.sequence_length {context} is more than the model's {limit}")
-        steps, start = _steps(settings, heir=parent is not None), 0
+        steps, start = _steps(settings, member, heir=parent is not None), 0
         if parent:
             taken = parent.branch if d.phase == "stable" and parent.branch else parent.steps
             start = parent.start + taken * train.batch_size
@@ -305,10 +305,11 @@ def descents(
     return found
 
 
-def _steps(settings: Settings, *, heir: bool) -> int:
+def _steps(settings: Settings, member: Member, *, heir: bool) -> int:
     train = settings.train
-    if train.tokens:
-        return max(1, round(train.tokens / (train.batch_size * settings.data.sequence_length)))
+    tokens = member.tokens or train.tokens
+    if tokens:
+        return max(1, round(tokens / (train.batch_size * settings.data.sequence_length)))
     return train.iterations[1 if heir else 0] * train.steps_per_iteration
 
 
@@ -347,6 +348,7 @@ def member_config(settings: Settings, roster: Sequence[Member], member: Member) 
                 aspect=family.aspect,
                 head_dim=family.head_dim,
                 architecture=family.architecture,
+                init=family.init,
                 sizes=sizes,
             )
         base = load_base_config(family.base)

@@ -8,6 +8,7 @@ Shapes come from a file, ``--members members.toml``:
     name = "small"
     num_hidden_layers = 4
     hidden_size = 32
+    tokens = 400_000
 
 or from its one-line form, in which a run keeps them:
 ``small:num_hidden_layers=4,hidden_size=32; large:...``.
@@ -43,6 +44,7 @@ class Member:
         num_attention_heads: query heads.
         num_key_value_heads: heads that queries share.
         head_dim: dimensions of a head.
+        tokens: that it trains on, where it is not the run's to say.
     """
 
     name: str
@@ -52,18 +54,19 @@ class Member:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    tokens: int | None = None
 
     def __str__(self) -> str:
         """Return the one-line form."""
-        shape = {k: v for k, v in self.shape().items() if v is not None}
-        return str(Choice(self.name, shape))
+        said = {k: getattr(self, k) for k in FIGURES if getattr(self, k) is not None}
+        return str(Choice(self.name, said))
 
     def shape(self) -> dict[str, int | None]:
         """Return the sizes by their configuration key."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {k: getattr(self, k) for k in FIGURES if k != "tokens"}
 
 
-SIZES = tuple(f.name for f in fields(Member) if f.name != "name")
+FIGURES = tuple(f.name for f in fields(Member) if f.name != "name")
 
 
 def parse_roster(text: str) -> tuple[Member, ...]:
@@ -130,10 +133,10 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 def _member(raw: Mapping[str, Any], name: str, where: str) -> Member:
     for key in raw:
-        if key not in SIZES:
+        if key not in FIGURES:
             raise ConfigError(
-                f"{where} has no size {key!r}{did_you_mean(key, SIZES)}. There are: "
-                f"{', '.join(SIZES)}"
+                f"{where} has no size {key!r}{did_you_mean(key, FIGURES)}. There are: "
+                f"{', '.join(FIGURES)}"
             )
     sizes = {key: coerce(value, int, f"{where}: {key}") for key, value in raw.items()}
     if "num_hidden_layers" not in sizes:

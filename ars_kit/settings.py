@@ -46,6 +46,8 @@ class FamilySettings:
     """Miniseries: width is head_dim times ceil(aspect x depth / 8)."""
     head_dim: int = 8
     """Without a base: dimensions of an attention head."""
+    init: float = 0.5
+    """Without a base: standard deviation of fresh matrices, times the root of the width."""
     width: int = 32
     """With depth alone growing, and no base: the width of every member."""
     vocab_size: int = 1024
@@ -196,7 +198,7 @@ POSITIVE = frozenset(
         *(f"train.{k}" for k in ("batch_size", "accumulation", "steps_per_iteration", "lr")),
         *(f"train.{k}" for k in ("iterations", "tokens", "lr_width", "lr_vectors", "max_skipped")),
         *(f"train.{k}" for k in ("instability_limit", "instability_steps", "max_rollbacks")),
-        *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect", "width")),
+        *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect", "width", "init")),
         *("data.heldout_tokens", "run.save_every", "run.log_every"),
     }
 )

@@ -30,6 +30,7 @@ def embedded_config(
     aspect: float = 1.6,
     head_dim: int = 8,
     architecture: str = "qwen2",
+    init: float = 0.5,
     sizes: Mapping[str, int] | None = None,
 ) -> PretrainedConfig:
     """Return the configuration of the embedded member ``d{depth}``.
@@ -46,6 +47,7 @@ def embedded_config(
         aspect: see above.
         head_dim: dimensions of a head.
         architecture: one of :data:`ARCHITECTURES`.
+        init: standard deviation of fresh matrices, times the root of the width.
         sizes: by configuration key, what the rule is not to decide.
 
     Raises:
@@ -74,7 +76,7 @@ def embedded_config(
         "num_key_value_heads": heads,
         "max_position_embeddings": max(context, 1024),
         "rms_norm_eps": REFERENCE_EPS * REFERENCE_WIDTH / width,
-        "initializer_range": 0.5 / math.sqrt(width),
+        "initializer_range": init / math.sqrt(width),
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
         "bos_token_id": 0,

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from ars_kit.errors import ConfigError
+from ars_kit.host import Host
+from ars_kit.plan import plan_run
 from ars_kit.roster import Member, parse_roster, read_roster
 from ars_kit.settings import resolve, to_toml
 
@@ -24,6 +26,7 @@ num_attention_heads = 6
 num_key_value_heads = 3
 head_dim = 4
 intermediate_size = 50
+tokens = 4000
 """
 
 
@@ -33,7 +36,7 @@ def test_a_file_of_shapes_becomes_one_line_that_reads_back(tmp_path: Path) -> No
     line = read_roster(path)
     small, large = parse_roster(line)
     assert small == Member("small", 2, 16)
-    assert large == Member("large", 3, 24, 50, 6, 3, 4)
+    assert large == Member("large", 3, 24, 50, 6, 3, 4, tokens=4000)
     assert "; ".join(map(str, (small, large))) == line
 
 
@@ -45,6 +48,22 @@ def test_the_run_keeps_the_shapes_and_not_the_file(tmp_path: Path) -> None:
     path.unlink()
     assert resolve({}, {}, frozen).family.members == settings.family.members
     assert "small:num_hidden_layers=2" in settings.family.members
+
+
+def test_a_member_s_own_tokens_stand_over_the_run_s() -> None:
+    settings = resolve(
+        {
+            "family.members": "a:num_hidden_layers=1,hidden_size=8,tokens=4096;"
+            "b:num_hidden_layers=2,hidden_size=8",
+            "train.tokens": "8192",
+            "data.sequence_length": "32",
+            "train.batch_size": "4",
+        },
+        {},
+    )
+    own, common = plan_run(settings, Host.installed()).members
+    assert (own.steps, own.tokens) == (32, 4096)
+    assert (common.steps, common.tokens, common.start) == (64, 8192, 32 * 4)
 
 
 def test_depths_are_members_of_the_family_s_rule() -> None:
