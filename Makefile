@@ -10,8 +10,10 @@ export TOKENIZERS_PARALLELISM ?= true
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
 
+# As many processes as cores; one thread each, or they would fight over them.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not slow and not gpu"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
