@@ -208,6 +208,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-conditions": measured.conditions,
     "stability-verdicts": measured.verdicts,
     "stability-bars": measured.bars,
+    "stability-gates": measured.gates,
     "detector": measured.detector,
 }
 

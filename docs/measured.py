@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from stability.figures import paired
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -61,6 +66,20 @@ def bars(name: str) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [[b["claim"], words[b["met"]], b["figures"]] for b in _read(name)["bars"]]
     return _table(["bar", "met", "figures"], rows)
+
+
+def gates(name: str) -> str:
+    """Return what leaving one gate out costs, seed by seed against all of ARS."""
+    tree = _read(name)
+    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    left_out = [m for m in tree["methods"] if m.startswith("ars-without-")]
+    rows = []
+    for provocation in tree["provocations"]:
+        whole = scores.get((provocation, "ars"), {})
+        found = [paired(scores.get((provocation, m), {}), whole) for m in left_out]
+        cells = ["-" if not f.n else _figure(asdict(f)) or f"dead {f.dead}/{f.n}" for f in found]
+        rows.append([provocation, *cells])
+    return _table(["provocation", *(m.replace("ars-", "") for m in left_out)], rows)
 
 
 def detector(_: str) -> str:
