@@ -210,6 +210,9 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-bars": measured.bars,
     "stability-gates": measured.gates,
     "detector": measured.detector,
+    "inheritance-conditions": measured.inheritance_conditions,
+    "inheritance-arms": measured.inheritance_arms,
+    "inheritance-bars": measured.bars,
 }
 
 

@@ -82,6 +82,57 @@ def gates(name: str) -> str:
     return _table(["provocation", *(m.replace("ars-", "") for m in left_out)], rows)
 
 
+def inheritance_conditions(name: str) -> str:
+    """Return what an inheritance result was measured on."""
+    tree = _read(name)
+    facts, parameters = tree["facts"], tree["parameters"]
+    tuned = "; ".join(
+        f"{arm}: rate {lr:g}, init {init:g}" for arm, (lr, init) in facts["tuned"].items()
+    )
+    members = f"{len(parameters)} members ({', '.join(tree['members'])}: layers x width)"
+    sizes = f"{parameters[0]:,} to {parameters[-1]:,} parameters"
+    text = f"{facts['text']}, {facts['characters']:,} characters, bytes as tokens"
+    seeds = f"seeds {', '.join(map(str, tree['seeds']))}; {facts['optimizer']}"
+    lines = [
+        f"{members}, {sizes}; {tree['tokens_per_parameter']:g} tokens a parameter from scratch",
+        f"{text}; a fifth held out, half of it to choose on, half to report",
+        f"{seeds}, tuned for each arm on another seed ({tuned})",
+        f"`{facts['command']}`",
+        ", ".join(f"{k} {v}" for k, v in facts["environment"].items()),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def inheritance_arms(name: str) -> str:
+    """Return every arm on every budget."""
+    tree = _read(name)
+    rows = []
+    for arm, found in tree["arms"].items():
+        for rung in found["rungs"] if arm != "scratch" else ():
+            gaps = {int(i): g for i, g in rung["gaps"].items()}
+            worst = max(gaps, key=lambda i: gaps[i]["mean"])
+            within = sum(g["mean"] <= tree["sigma"] for g in gaps.values())
+            rows.append(
+                [
+                    arm,
+                    f"{rung['kappa']:.2f}",
+                    f"{within} of {len(gaps)}",
+                    f"{_figure(gaps[worst])} ({tree['members'][worst]})",
+                    _figure(gaps[max(gaps)]),
+                    "-" if rung["saved"] is None else f"{rung['saved']:.0%}",
+                ]
+            )
+    heads = [
+        "arm",
+        "budget",
+        "members within sigma",
+        "worst gap",
+        "gap of the largest",
+        "FLOPs saved",
+    ]
+    return f"{_table(heads, rows)}\n\nSigma is {tree['sigma']:.4f} nats a byte."
+
+
 def detector(_: str) -> str:
     """Return what the period detector finds, and what it imagines."""
     tree = _read("detector")
