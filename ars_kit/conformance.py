@@ -1,80 +1,85 @@
-"""Whether the gates that a distribution offers keep the rules of every gate."""
+"""Whether what a distribution offers keeps the rules of its kind: gates and strategies."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ars_kit.errors import ArsKitError, ConfigError
-from ars_kit.host import Host, Plugin
+from ars_kit.host import SINGULAR, Host, Kind, Plugin
 from ars_kit.schema import Choice, did_you_mean, parse_choice
-from ars_kit.spec import DampingGate
 
-Check = Callable[[Callable[[], DampingGate]], object]
-"""Takes what makes a gate, and raises where the gate breaks a rule."""
+Check = Callable[[Callable[[], Any]], object]
+"""Takes what makes an offer, and raises where what is made breaks a rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came out of checking one gate.
+    """What came out of checking one offer.
 
     Attributes:
-        gate: as it was chosen; the entry point's name for a plugin that could not be loaded.
+        offer: as it was chosen; the entry point's name for a plugin that could not be loaded.
         distribution: that offers it.
         version: of the distribution.
         problem: the rule it breaks and how, in one line, or None.
     """
 
-    gate: str
+    offer: str
     distribution: str
     version: str
     problem: str | None
 
     def __str__(self) -> str:
         """Return the finding in one line."""
-        return f"{self.gate} ({self.distribution} {self.version}): {self.problem or 'ok'}"
+        return f"{self.offer} ({self.distribution} {self.version}): {self.problem or 'ok'}"
 
 
-def check_gates(host: Host, wanted: str, check: Check) -> Iterator[Finding]:
-    """Check one gate, or every gate of a distribution, a finding at a time.
+def check_offers(host: Host, wanted: str, checks: Mapping[Kind, Check]) -> Iterator[Finding]:
+    """Check one offer, or every one of a distribution that there is a check for.
 
     Args:
         host: the installed plugins.
-        wanted: a gate with or without settings, or a distribution. A gate's name comes first.
-        check: as :func:`ars_kit.testing.check_gate`.
+        wanted: an offer with or without settings, or a distribution. An offer's name comes first.
+        checks: by kind, such as :func:`ars_kit.testing.check_gate`.
 
     Raises:
         ConfigError: nothing installed has that name.
-        PluginError: two plugins offer that gate.
+        PluginError: two plugins offer that.
     """
     choice = parse_choice(wanted)
-    if choice.name in host.shelves["gates"]:
-        yield _checked(host, choice, host.listing("gates", choice.name).plugin, check)
+    kinds = [kind for kind in checks if choice.name in host.shelves[kind]]
+    for kind in kinds:
+        plugin = host.listing(kind, choice.name).plugin
+        yield _checked(host, kind, choice, plugin, checks[kind])
+    if kinds:
         return
     offered = [
-        (listing.plugin, name)
-        for name, listings in sorted(host.shelves["gates"].items())
+        (listing.plugin, kind, name)
+        for kind in checks
+        for name, listings in sorted(host.shelves[kind].items())
         for listing in listings
     ]
     broken = [plugin for plugin in host.quarantined if _same(plugin.distribution, wanted)]
-    mine = [(plugin, name) for plugin, name in offered if _same(plugin.distribution, wanted)]
+    mine = [offer for offer in offered if _same(offer[0].distribution, wanted)]
     if not mine and not broken:
-        known = {name for _, name in offered} | {plugin.distribution for plugin, _ in offered}
+        known = {name for *_, name in offered} | {plugin.distribution for plugin, *_ in offered}
+        nouns = " or ".join(SINGULAR[kind] for kind in checks)
         raise ConfigError(
-            f"no damping gate and no distribution with one is named {wanted!r}"
+            f"no {nouns} and no distribution with one is named {wanted!r}"
             f"{did_you_mean(wanted, known)}. There are: {', '.join(sorted(known))}"
         )
     for plugin in broken:
         yield Finding(plugin.name, plugin.distribution, plugin.version, host.quarantined[plugin])
-    for plugin, name in mine:
-        yield _checked(host, Choice(name), plugin, check)
+    for plugin, kind, name in mine:
+        yield _checked(host, kind, Choice(name), plugin, checks[kind])
 
 
-def _checked(host: Host, choice: Choice, plugin: Plugin, check: Check) -> Finding:
+def _checked(host: Host, kind: Kind, choice: Choice, plugin: Plugin, check: Check) -> Finding:
     problem = None
     try:
-        check(lambda: host.make("gates", choice))
+        check(lambda: host.make(kind, choice))
     except (ArsKitError, AssertionError) as error:
         problem = _one_line(error)
     except Exception as error:  # noqa: BLE001 -- a stranger's code

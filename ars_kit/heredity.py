@@ -220,8 +220,9 @@ class Seed:
     Attributes:
         weights: match the child's configuration exactly; a tied head appears once. They may be
             ``LazyWeights``.
-        provenance: for each child tensor the blocks that were inherited; what no block covers is
-            new. The host derives optimizer state from it and counts what was inherited.
+        provenance: for each child tensor the blocks that were inherited, none where all of it is
+            new; what no block covers is new. The host derives optimizer state from it and counts
+            what was inherited.
         preserves: what the strategy promises about the child's logits against the parent's;
             ``exact`` is checked by the host at birth.
         opt_state: ``derive`` carries the parent's moments along the provenance, ``reset`` starts
@@ -286,7 +287,11 @@ class Blend:
 
 
 class InheritanceStrategy(Protocol):
-    """Decides what a member takes from its predecessor."""
+    """Decides what a member takes from its predecessor.
+
+    It may be an :class:`Ordering` and a :class:`Finishing` too.
+    ``ars_kit.testing.check_strategy`` holds it to every rule.
+    """
 
     inherits: bool
     """False: members are independent of each other (the control); ``inherit`` is not called

@@ -1,15 +1,20 @@
-"""What the host does at a birth: carries optimizer moments along the provenance."""
+"""What the host makes of a strategy: the order of births, the moments along the provenance."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars_kit.spec import Block
+from ars_kit.errors import PluginError
+from ars_kit.spec import Block, Descent, InheritanceStrategy, Ordering
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +22,30 @@ POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq":
 """The degree in the gradient of each kind of state that can follow a scaled or extended weight."""
 
 State = Mapping[str, Mapping[str, Tensor]]
+
+
+def descents(
+    strategy: InheritanceStrategy, configs: Sequence[PretrainedConfig]
+) -> tuple[Descent, ...]:
+    """Return every member's descent in order of birth: the strategy's own, or a chain.
+
+    Raises:
+        ConfigError: the strategy cannot have such a family.
+        PluginError: it left a member out, named one twice, or an heir before its parent.
+    """
+    if not isinstance(strategy, Ordering):
+        chain = range(len(configs))
+        parents = [i - 1 if i and strategy.inherits else None for i in chain]
+        return tuple(Descent(i, parent) for i, parent in zip(chain, parents, strict=True))
+    found = tuple(strategy.descents(configs))
+    born: list[int] = []
+    for d in found:
+        if d.parent is not None and d.parent not in born:
+            raise PluginError(f"the strategy bears member {d.member} before its parent {d.parent}")
+        born.append(d.member)
+    if sorted(born) != list(range(len(configs))):
+        raise PluginError(f"the strategy bears members {born} of a family of {len(configs)}")
+    return found
 
 
 def derive_opt_state(

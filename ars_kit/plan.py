@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import torch
 
-from ars_kit.errors import ConfigError, PluginError
+from ars_kit.errors import ConfigError
 from ars_kit.host import Host
+from ars_kit.inherit import descents
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.models import (
     count_parameters,
@@ -23,7 +24,7 @@ from ars_kit.schedule import stable_steps
 from ars_kit.schema import Choice, parse_choice
 from ars_kit.settings import Settings
 from ars_kit.shapes import embedded_config, grown_config
-from ars_kit.spec import Descent, Ordering, Phase
+from ars_kit.spec import Phase
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -279,30 +280,6 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
             teacher_flops=flops_per_token(taught, context) / 3 * tokens if taught else 0.0,
         )
     return tuple(found.values())
-
-
-def descents(
-    strategy: InheritanceStrategy, configs: Sequence[PretrainedConfig]
-) -> tuple[Descent, ...]:
-    """Return every member's descent in order of birth: the strategy's own, or a chain.
-
-    Raises:
-        ConfigError: the strategy cannot have such a family.
-        PluginError: it left a member out, named one twice, or an heir before its parent.
-    """
-    if not isinstance(strategy, Ordering):
-        chain = range(len(configs))
-        parents = [i - 1 if i and strategy.inherits else None for i in chain]
-        return tuple(Descent(i, parent) for i, parent in zip(chain, parents, strict=True))
-    found = tuple(strategy.descents(configs))
-    born: list[int] = []
-    for d in found:
-        if d.parent is not None and d.parent not in born:
-            raise PluginError(f"the strategy bears member {d.member} before its parent {d.parent}")
-        born.append(d.member)
-    if sorted(born) != list(range(len(configs))):
-        raise PluginError(f"the strategy bears members {born} of a family of {len(configs)}")
-    return found
 
 
 def _steps(settings: Settings, member: Member, *, heir: bool) -> int:

@@ -1,7 +1,7 @@
 """A plugin package to begin with: installable, tested, and right before its first edit.
 
-Each kind of offer that can be begun is one :class:`Kind` in :data:`KINDS`: the text of its module,
-of its test and of an example of its use. The rest of a package is the same for every kind.
+What differs between kinds of offers stands in :mod:`ars_kit.kinds`; the rest of a package is the
+same for all.
 """
 
 from __future__ import annotations
@@ -12,113 +12,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Literal
 
 from ars_kit.errors import ConfigError
+from ars_kit.kinds import KINDS
 from ars_kit.schema import did_you_mean
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """The texts of a package that offers one thing; each is a :class:`string.Template`.
-
-    They are filled with ``$name`` (what the user types), ``$package``, ``$distribution`` and
-    ``$type`` (the class).
-
-    Attributes:
-        noun: what is offered, for sentences.
-        shelf: where the host puts it, the part of the hook's name after ``arskit_``.
-        usage: a command that uses it.
-        module: its source.
-        test: its test.
-    """
-
-    noun: str
-    shelf: Literal["gates", "strategies", "evaluators"]
-    usage: str
-    module: str
-    test: str
-
-
-GATE = Kind(
-    noun="damping gate",
-    shelf="gates",
-    usage="arskit run --gate $name:steps=20",
-    module='''\
-"""The damping gate $name."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from ars_kit.spec import DampingGate, Offer, StepSignal, hookimpl
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class $type:
-    """Halve the step size of the first steps.
-
-    Args:
-        steps: how many.
-    """
-
-    acts_on = "step"
-
-    def __init__(self, *, steps: int = 10) -> None:
-        self.steps = steps
-
-    def __call__(self, signal: StepSignal) -> Tensor:
-        """Return this step's factor, made on its device without waiting for it."""
-        return signal.loss.new_full((), 0.5 if signal.step < self.steps else 1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the gate remembers nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-
-
-@hookimpl
-def arskit_gates() -> list[Offer[DampingGate]]:
-    """Offer the gate."""
-    return [Offer("$name", "halve the first steps", $type)]
-''',
-    test='''\
-"""The gate keeps every gate's rules, and does what it says."""
-
-from __future__ import annotations
-
-import pytest
-import torch
-from ars_kit.damping import DampedOptimizer
-from ars_kit.testing import check_gate
-
-from $package import $type
-
-
-def test_the_gate_keeps_the_rules() -> None:
-    check_gate($type)
-
-
-def test_the_first_step_is_halved() -> None:
-    weight = torch.nn.Parameter(torch.ones(()))
-    gates = {"$name": $type(steps=1)}
-    optimizer = DampedOptimizer(torch.optim.SGD([weight], lr=0.1), gates)
-    for _ in range(2):
-        weight.grad = torch.ones(())
-        optimizer.step(loss=torch.ones(()))
-    assert weight.item() == pytest.approx(1 - 0.05 - 0.1)
-''',
-)
-
-KINDS: Mapping[str, Kind] = {"gate": GATE}
 
 PYPROJECT = """\
 [build-system]
@@ -175,7 +74,7 @@ def package_files(kind: str, name: str) -> dict[str, str]:
     if kind not in KINDS:
         raise ConfigError(
             f"no package can be begun for {kind!r}{did_you_mean(kind, KINDS)}. "
-            f"There is: {', '.join(KINDS)}"
+            f"There are: {', '.join(KINDS)}"
         )
     if not _NAME.fullmatch(name):
         raise ConfigError(

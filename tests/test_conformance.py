@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from ars_kit.cli import cli
-from ars_kit.conformance import Finding, check_gates
+from ars_kit.conformance import Finding, check_offers
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host, Plugin
 from ars_kit.spec import DampingGate, Offer, StepSignal, hookimpl
@@ -65,7 +65,7 @@ def host() -> Host:
 
 
 def found(host: Host, wanted: str) -> list[str]:
-    return [str(finding) for finding in check_gates(host, wanted, check)]
+    return [str(finding) for finding in check_offers(host, wanted, {"gates": check})]
 
 
 def test_a_gate_is_checked_with_its_settings(host: Host) -> None:
@@ -102,7 +102,7 @@ def test_the_command_prints_a_line_a_gate_and_fails_with_4(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testing: Any = ModuleType("ars_kit.testing")
-    testing.check_gate = check
+    testing.check_gate = testing.check_strategy = check
     monkeypatch.setitem(sys.modules, "ars_kit.testing", testing)
     monkeypatch.setattr("ars_kit.cli.plugins.make_host", lambda: host)
     done = CliRunner().invoke(cli, ["plugins", "check", "good"])
@@ -110,7 +110,7 @@ def test_the_command_prints_a_line_a_gate_and_fails_with_4(
     done = CliRunner().invoke(cli, ["plugins", "check", "arskit-a"])
     assert isinstance(done.exception, PluginError)
     assert done.exception.exit_code == 4
-    assert str(done.exception) == "3 of 4 gates of 'arskit-a' failed"
+    assert str(done.exception) == "3 of 4 offers of 'arskit-a' failed"
     assert len(done.output.splitlines()) == 4
     done = CliRunner().invoke(cli, ["plugins", "check", "bad", "--json"])
     assert isinstance(done.exception, PluginError)

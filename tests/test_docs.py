@@ -27,6 +27,7 @@ from ars_kit.cli import cli
 from ars_kit.cli.options import settings_from
 from ars_kit.damping import DampedOptimizer
 from ars_kit.host import Host, Plugin
+from ars_kit.kinds import KINDS
 from ars_kit.optim import check_optimizer
 from ars_kit.scaffold import package_files, write_package
 from ars_kit.schema import Choice
@@ -35,6 +36,8 @@ from ars_kit.spec import Hooks
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EXAMPLE = DOCS / "examples" / "arskit-halve-early"
+PACKAGES = {"gate": EXAMPLE, "strategy": DOCS / "examples" / "arskit-on-top"}
+"""By kind, the package that ``arskit plugins new`` begins."""
 SKIPPED = {".venv", ".git", "build", "dist", ".hypothesis", ".pytest_cache", "checkpoints"}
 
 
@@ -173,16 +176,18 @@ def examples(page: Path) -> Iterator[Example]:
         yield Example(name, words, "", 0, runnable=False)
 
 
-PAGES = [*generate.pages(), ROOT / "README.md", EXAMPLE / "README.md"]
+PAGES = [*generate.pages(), ROOT / "README.md", *(p / "README.md" for p in PACKAGES.values())]
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 
 
 @pytest.fixture(scope="module")
 def host() -> Host:
-    """The installed plugins, and the example's."""
+    """The installed plugins, and the examples'."""
     host = Host.installed()
-    module = load(EXAMPLE / "src" / "arskit_halve_early.py")
-    host.register(module, Plugin("halve-early", "arskit-halve-early", "0.1.0"))
+    for package in PACKAGES.values():
+        (module,) = (package / "src").glob("*.py")
+        name = package.name.removeprefix("arskit-")
+        host.register(load(module), Plugin(name, package.name, "0.1.0"))
     assert not host.quarantined
     return host
 
@@ -203,11 +208,27 @@ def parsed(arguments: list[str]) -> click.Context:
         name, command = found, below
 
 
+@pytest.fixture(scope="module")
+def with_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the file of shapes of the page on families."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (text,) = re.findall(
+        r"^```toml\n(\[\[member\]\].*?)^```$",
+        (DOCS / "families.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    (folder / "shapes.toml").write_text(text, encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
-def test_every_example_parses(example: Example, host: Host, monkeypatch: Any) -> None:
+def test_every_example_parses(
+    example: Example, host: Host, with_shapes: Path, monkeypatch: Any
+) -> None:
     """Commands, options, settings, and the names of optimizers and gates are those there are."""
     for variable in [v for v in os.environ if v.startswith("ARSKIT_")]:
         monkeypatch.delenv(variable)
+    monkeypatch.chdir(with_shapes)
     if {"--version", "--help"} & set(example.arguments):
         return
     context = parsed(example.arguments)
@@ -362,10 +383,12 @@ def files_of(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): p.read_bytes().decode() for p in found}
 
 
-def test_the_example_is_what_the_command_writes(tmp_path: Path) -> None:
-    written = write_package("gate", "halve-early", tmp_path)
-    assert written == tmp_path / "arskit-halve-early"
-    assert files_of(written) == files_of(EXAMPLE)
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_the_examples_are_what_the_command_writes(tmp_path: Path, kind: str) -> None:
+    example = PACKAGES[kind]
+    written = write_package(kind, example.name.removeprefix("arskit-"), tmp_path)
+    assert written == tmp_path / example.name
+    assert files_of(written) == files_of(example)
     assert list(tmp_path.iterdir()) == [written]
 
 
@@ -394,7 +417,8 @@ def test_the_examples_gate_works(host: Host) -> None:
         ("gate", "../up", "lower-case letters"),
         ("gate", "none", "the class None exists"),
         ("gate", "damping-gate", "the class DampingGate exists"),
-        ("gat", "halve", "did you mean 'gate'"),
+        ("strategy", "inheritance-strategy", "the class InheritanceStrategy exists"),
+        ("gat", "halve", r"did you mean .gate.\?\)\. There are: gate, strategy"),
     ],
 )
 def test_a_bad_name_writes_nothing(tmp_path: Path, kind: str, name: str, message: str) -> None:
@@ -412,17 +436,23 @@ def test_an_existing_directory_stays_as_it_is(tmp_path: Path) -> None:
     assert files_of(tmp_path) == {"arskit-halve-early/mine.txt": "mine"}
 
 
-def test_any_names_package_compiles() -> None:
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_any_names_package_compiles(kind: str) -> None:
     for name in ("a", "x2", "clip-by-the-moving-average-of-norms"):
-        files = package_files("gate", name)
+        files = package_files(kind, name)
         for path, text in files.items():
             if path.endswith(".py"):
                 compile(text, path, "exec")
             assert "$" not in text
 
 
+def test_every_kind_has_an_example() -> None:
+    assert PACKAGES.keys() == KINDS.keys()
+
+
 def test_plugins_new_refuses_a_name_that_is_taken(arskit: Any, tmp_path: Path) -> None:
-    done = arskit("plugins", "new", "gate", "clip")
-    assert done.returncode == 3
-    assert "'clip' is offered by plugin 'gates' (ars-kit" in done.stderr
+    for kind, name, shelf in (("gate", "clip", "gates"), ("strategy", "stack", "strategies")):
+        done = arskit("plugins", "new", kind, name)
+        assert done.returncode == 3
+        assert f"'{name}' is offered by plugin '{shelf}' (ars-kit" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "docs" / "examples" / "arskit-halve-early"
+EXAMPLES = ("arskit-halve-early", "arskit-on-top")
 PACKAGES = {
     "ars_kit": ROOT,
     "ars_kit_plugins": ROOT / "plugins",
@@ -68,14 +68,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copytree(ROOT / name, source / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(EXAMPLE, home / "example", ignore=leave)
     wheel = build(source, wheels)
-    example = build(home / "example", wheels)
+    examples = []
+    for name in EXAMPLES:
+        shutil.copytree(ROOT / "docs" / "examples" / name, home / name, ignore=leave)
+        examples.append(str(build(home / name, wheels)))
     venv.create(home / "env", with_pip=False, symlinks=True)
     scripts = home / "env" / ("Scripts" if os.name == "nt" else "bin")
     pip(
         "--python", str(scripts / "python"), "install", "--quiet", "--constraint",
-        str(ROOT / "constraints.txt"), str(wheel), str(example), "pytest",
+        str(ROOT / "constraints.txt"), str(wheel), *examples, "pytest",
     )  # fmt: skip
     mine = ("ARSKIT_", "PYTHON", "VIRTUAL_ENV", "COVERAGE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
@@ -139,27 +141,32 @@ def test_the_commands_answer(installed: Installed) -> None:
     )
 
 
-def test_a_family_trains_under_the_plugins_gate(installed: Installed, text_folder: Path) -> None:
+def test_a_family_trains_under_the_plugins(installed: Installed, text_folder: Path) -> None:
     done = installed.run(
         "arskit", "run", "--members", "d2,d3", "--iterations", "6,4", "--data", str(text_folder),
         "--sequence-length", "32", "--batch-size", "4", "--set", "family.vocab_size=300",
-        "--gate", "halve-early:steps=9", "--json",
+        "--gate", "halve-early:steps=9", "--strategy", "on-top:rewarm_steps=2", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    gates = [member["gates"] for member in json.loads(done.stdout)["members"]]
+    members = json.loads(done.stdout)["members"]
     # 9 of the first member's 18 steps at a half, and 9 of the second's 12.
-    assert [g["halve-early"] for g in gates] == pytest.approx([0.75, 0.625])
+    assert [m["gates"]["halve-early"] for m in members] == pytest.approx([0.75, 0.625])
+    birth = members[1]["birth"]
+    assert (birth["note"], birth["optimizer_state"]) == ("blocks on top", "carried")
+    assert birth["birth_logits_difference"] < 1e-5
     assert installed.run("arskit", "verify").returncode == 0
 
 
-def test_the_plugin_keeps_the_rules(installed: Installed) -> None:
-    done = installed.run("arskit", "plugins", "check", "halve-early")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_plugins_keep_the_rules(installed: Installed, name: str) -> None:
+    done = installed.run("arskit", "plugins", "check", name)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "halve-early (arskit-halve-early 0.1.0): ok\n"
+    assert done.stdout == f"{name.removeprefix('arskit-')} ({name} 0.1.0): ok\n"
 
 
 def test_the_plugins_own_tests_pass(installed: Installed, tmp_path: Path) -> None:
-    shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
-    done = installed.run("python", "-m", "pytest", "-q", "tests", cwd=tmp_path)
+    for name in EXAMPLES:
+        shutil.copytree(ROOT / "docs" / "examples" / name / "tests", tmp_path / name)
+    done = installed.run("python", "-m", "pytest", "-q", ".", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
+    assert "4 passed" in done.stdout

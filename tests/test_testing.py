@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -70,6 +71,16 @@ class Reads(Half):
         return torch.ones(()) if float(signal.loss) > 1 else super().__call__(signal)
 
 
+class Lists(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return super().__call__(signal) * (max(signal.norms().tolist()) < math.inf)
+
+
+class GoesToNumpy(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        return super().__call__(signal) * (signal.loss.numpy() < math.inf)
+
+
 class Forgets(Half):
     def load_state_dict(self, state: Any) -> None:
         pass
@@ -119,6 +130,8 @@ def test_a_good_gate_passes() -> None:
             r"at step 0 \(loss \S+\) skip is torch.float32 of shape \(\), not a 0-d bool",
         ),
         (Reads, r"must not wait for the device .* at step 0 it calls _local_scalar_dense"),
+        (Lists, r"must not wait for the device .* at step 0 it calls tolist"),
+        (GoesToNumpy, r"must not wait for the device .* at step 0 it calls numpy"),
         (Forgets, r"resumed through torch.save must answer exactly alike; at step \d+"),
         (Draws, r"must answer exactly alike; at step 0 it answers \(gradient 0\.\d+"),
         (Hoards, r"memory must not grow .* \d+ numbers after step 5000 and \d+ after step 10000"),

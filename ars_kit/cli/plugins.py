@@ -11,7 +11,8 @@ from ars_kit.cli.options import echo_json, json_option, make_console, make_host,
 from ars_kit.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
-    from ars_kit.host import Listing
+    from ars_kit.conformance import Check
+    from ars_kit.host import Kind, Listing
 
 
 @click.group()
@@ -119,8 +120,9 @@ def _described(kind: str, listing: Listing) -> dict[str, Any]:
 )
 @json_option
 def plugins_new(kind: str, name: str, into: Path, as_json: bool) -> None:
-    """Begin a package of your own: KIND is gate, NAME what it will be called."""
-    from ars_kit.scaffold import KINDS, write_package
+    """Begin a package of your own: KIND is gate or strategy, NAME what it will be called."""
+    from ars_kit.kinds import KINDS
+    from ars_kit.scaffold import write_package
 
     shelf = make_host().shelves[KINDS[kind].shelf] if kind in KINDS else {}
     if name in shelf:
@@ -137,14 +139,15 @@ def plugins_new(kind: str, name: str, into: Path, as_json: bool) -> None:
 @click.argument("name", shell_complete=_offered)
 @json_option
 def plugins_check(name: str, as_json: bool) -> None:
-    """Check that a gate, or every gate of a distribution, keeps every gate's rules."""
+    """Check that a gate or a strategy, or all of a distribution, keep the rules of their kind."""
     from dataclasses import asdict
 
-    from ars_kit.conformance import check_gates
-    from ars_kit.testing import check_gate
+    from ars_kit.conformance import check_offers
+    from ars_kit.testing import check_gate, check_strategy
 
     findings = []
-    for finding in check_gates(make_host(), name, check_gate):
+    checks: dict[Kind, Check] = {"gates": check_gate, "strategies": check_strategy}
+    for finding in check_offers(make_host(), name, checks):
         findings.append(finding)
         if not as_json:
             click.echo(finding)
@@ -152,4 +155,4 @@ def plugins_check(name: str, as_json: bool) -> None:
         echo_json([asdict(finding) for finding in findings])
     failed = sum(finding.problem is not None for finding in findings)
     if failed:
-        raise PluginError(f"{failed} of {len(findings)} gates of {name!r} failed")
+        raise PluginError(f"{failed} of {len(findings)} offers of {name!r} failed")

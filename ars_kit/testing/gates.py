@@ -1,10 +1,4 @@
-"""Conformance kits for plugin authors: does it keep the promises that the training loop relies on?
-
-.. code-block:: python
-
-    def test_my_gate() -> None:
-        check_gate(lambda: MyGate(limit=0.5))
-"""
+"""Does a damping gate keep the promises that the training loop relies on?"""
 
 from __future__ import annotations
 
@@ -16,22 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ars_kit.errors import ArsKitError
 from ars_kit.spec import Damping, DampingGate, StepSignal
 from ars_kit.state import pack, unpack
+from ars_kit.testing.rules import ConformanceError, watching
 
 TENSORS = 3
 BLOCK = 1000
 SMALL = 4096
 """Numbers of state below which a gate may still be filling its windows."""
-WAITS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"})
-"""Operators whose result the host must wait for: ``item()``, ``float()``, ``if tensor:``, masks."""
-
-
-class ConformanceError(ArsKitError, AssertionError):
-    """A plugin breaks a rule; the message names the rule, the step and the value."""
 
 
 def check_gate(
@@ -276,26 +263,13 @@ def _compare(what: str, one: DampingGate, two: DampingGate, signals: list[StepSi
         )
 
 
-class _Waits(TorchDispatchMode):
-    """Notes the first operator that would make the host wait for a device."""
-
-    found: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        if name in WAITS and self.found is None:
-            self.found = name
-        return func(*args, **(kwargs or {}))
-
-
 def _check_no_wait(gate: DampingGate, seed: int) -> None:
-    """Watch the operators on the CPU, where waiting costs nothing and so raises nothing."""
     for signal in loss_sequences(200, seed + 3):
-        with _Waits() as watch:  # type: ignore[no-untyped-call]
+        with watching() as watch:
             gate(signal)
         if watch.found:
             raise ConformanceError(
-                "a gate must not wait for the device (item(), float(), if tensor:); at step "
+                "a gate must not wait for the device (item(), tolist(), if tensor:); at step "
                 f"{signal.step} it calls {watch.found}"
             )
 
