@@ -124,6 +124,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     seed_everything(member_seed(settings.family.seed, member.name))
     cradle = family.cradle
     born = bear(cradle, member)
+    born.facts["setup_flops"] *= accelerator.num_processes  # each of them bears it
     model, seed = born.model, born.seed
     model.to(accelerator.device)
     train = settings.train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -330,6 +330,7 @@ def member_config(settings: Settings, roster: Sequence[Member], member: Member) 
             )
         base = load_base_config(family.base)
         if family.depth == "same":
+            _require_shape_of(base, sizes if ":" in family.members else {})
             return base
         if ":" in family.members:
             return grown_config(base, member.num_hidden_layers, sizes)
@@ -338,6 +339,19 @@ def member_config(settings: Settings, roster: Sequence[Member], member: Member) 
         return grown_config(base, base.num_hidden_layers + deeper)
     except ConfigError as error:
         raise ConfigError(f"{member.name}: {error}") from error
+
+
+def _require_shape_of(base: PretrainedConfig, sizes: Mapping[str, int]) -> None:
+    heads = base.num_attention_heads
+    for key, wanted in sizes.items():
+        own = getattr(base, key, None)
+        if key == "head_dim":
+            own = own or base.hidden_size // heads
+        if own != wanted:
+            raise ConfigError(
+                f"it was given {key} {wanted}, and under --depth same it has the base's, {own}; "
+                "use --depth grow, or leave that out"
+            )
 
 
 def _memory(
