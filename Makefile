@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench detector stability docs package-check clean
+.PHONY: run test lint kill-test bench detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -33,6 +33,14 @@ detector: $(VENV)/.installed-dev
 # On the standard library's text; the published figures name theirs with --text.
 stability: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/stability.py --full
+
+# The default family with all its controls, and its report as the example in docs. To take a run that
+# is there already: make report REPORT_RUN=folder REPORT_OPTIONS=--resume
+REPORT_RUN ?= checkpoints
+REPORT_OPTIONS ?= --controls scratch,no-growth,one-long-run,no-ars
+report: $(VENV)/.installed
+	$(BIN)/arskit run --out $(REPORT_RUN) $(REPORT_OPTIONS)
+	cp $(REPORT_RUN)/report.md $(REPORT_RUN)/report.html docs/examples/report/
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 from accelerate import Accelerator
 
 from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
+from ars_kit.curve import Curve
 from ars_kit.data import Corpus
 from ars_kit.errors import PluginError
-from ars_kit.figures import blend_metrics, member_metrics
+from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
 from ars_kit.judge import judge
 from ars_kit.ledger import counting
 from ars_kit.models import build, flops_per_token, parameter_groups, save_member
 from ars_kit.optim import build_optimizer
-from ars_kit.outcome import read_metrics
+from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.spec import Finishing
-from ars_kit.store import RunFolder
+from ars_kit.store import HISTORY, RunFolder
 from ars_kit.teaching import Teaching, hinted
 from ars_kit.tokens import Batches
 from ars_kit.train import (
@@ -171,6 +172,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         start_lr=seed.start_lr,
         decay_fraction=seed.decay_fraction,
         branch=member.branch,
+        curve=Curve.of(settings, family.corpus, member.flops / member.tokens),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
@@ -178,8 +180,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     if accelerator.is_main_process:
         quality = judge(family.host, settings, member.name, model, family.corpus)
         metrics = member_metrics(cradle, member, job, born, quality)
-        history = family.folder.history_path(member.name).read_bytes()
-        _commit(family, cradle.relative(member), model, metrics, history)
+        _commit(family, cradle.relative(member), model, metrics, _records(family, member.name))
     accelerator.wait_for_everyone()
     return read_metrics(family.folder, member.name)
 
@@ -223,7 +224,7 @@ def blend(family: Family) -> list[dict[str, Any]]:
             settings = family.plan.settings
             quality = judge(family.host, settings, made.name, model, family.corpus)
             metrics = blend_metrics(cradle, made, account.flops, quality)
-            _commit(family, made.sources[-1], model, metrics, b"")
+            _commit(family, made.sources[-1], model, metrics, {HISTORY: b""})
         family.accelerator.wait_for_everyone()
         found.append(read_metrics(folder, made.name))
         if family.accelerator.is_main_process:
@@ -231,17 +232,25 @@ def blend(family: Family) -> list[dict[str, Any]]:
     return found
 
 
+def _records(family: Family, name: str) -> dict[str, bytes]:
+    """Return what a member recorded of its training."""
+    paths = (family.folder.history_path(name), family.folder.curve_path(name))
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
 def _commit(
     family: Family,
     parent: str | None,
     model: PreTrainedModel,
     metrics: Mapping[str, Any],
-    history: bytes,
+    records: Mapping[str, bytes],
 ) -> None:
     def files(folder: Path) -> None:
         save_member(model, family.corpus.tokenizer_dir, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-        (folder / "history.jsonl").write_bytes(history)
+        (folder / FROZEN).write_text(config_text(family.plan.settings), "utf-8")
+        for record, content in records.items():
+            (folder / record).write_bytes(content)
         (folder / "README.md").write_text(model_card(metrics, model.config), "utf-8")
 
     family.folder.commit_member(

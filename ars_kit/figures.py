@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import PluginError
-from ars_kit.measure import convergence_step, final_loss
+from ars_kit.losses import convergence_step, final_loss
 from ars_kit.models import count_parameters
 from ars_kit.outcome import read_metrics
+from ars_kit.settings import to_toml
 from ars_kit.store import read_history
 
 if TYPE_CHECKING:
     from ars_kit.births import Cradle, Newborn
     from ars_kit.plan import MemberPlan
+    from ars_kit.settings import Settings
     from ars_kit.spec import Blend
     from ars_kit.train import Trainee
 
@@ -68,7 +75,8 @@ def member_metrics(
         "cost": meter.seconds / 3600 * settings.run.price_per_hour,
         "price_per_hour": settings.run.price_per_hour,
         "birth": born.facts,
-        **_run(cradle),
+        "heldout_curve": _curve(cradle, member, job),
+        **_run(cradle, cradle.relative(member)),
         "device": device_name(job.accelerator.device),
         "processes": job.accelerator.num_processes,
     }
@@ -79,6 +87,21 @@ def member_metrics(
             "member is trained and kept as a training state: run again without it"
         )
     return {**head, **quality, **rest}
+
+
+def _curve(cradle: Cradle, member: MemberPlan, job: Trainee) -> dict[str, Any] | None:
+    """Return what the held-out curve was judged on and cost; None without one."""
+    path = cradle.folder.curve_path(member.name)
+    if job.curve is None or not path.exists():
+        return None
+    rows = read_history(path)
+    return {
+        "every": job.curve.every,
+        "points": len(rows),
+        "tokens": rows[-1]["judged_tokens"],
+        "seconds": sum(row["judging_seconds"] for row in rows),
+        "flops": sum(row["judging_flops"] for row in rows),
+    }
 
 
 def _flops(member: MemberPlan, job: Trainee) -> float:
@@ -128,7 +151,8 @@ def blend_metrics(
         "cost": 0.0,
         "price_per_hour": price,
         "birth": {"parent": made.sources[-1], "sources": list(made.sources), "note": made.note},
-        **_run(cradle),
+        "heldout_curve": None,
+        **_run(cradle, made.sources[-1]),
         "device": device_name(cradle.device),
         "processes": 1,
     }
@@ -146,9 +170,14 @@ def _ancestors(cradle: Cradle, made: Blend) -> list[str]:
     return list(found)
 
 
-def _run(cradle: Cradle) -> dict[str, Any]:
+def _run(cradle: Cradle, parent: str | None) -> dict[str, Any]:
+    """Return what a member's figures are traced back by."""
     settings, facts = cradle.plan.settings, cradle.corpus.facts
+    manifest = None if parent is None else sha256(cradle.folder.path / parent / MANIFEST)
     return {
+        "parent_manifest": manifest,
+        "config_hash": hashlib.sha256(config_text(settings).encode()).hexdigest(),
+        "source_hash": source_hash(),
         "strategy": str(settings.family.strategy),
         "optimizer": str(settings.optimizer.name),
         "base_optimizer": str(settings.optimizer.base),
@@ -158,6 +187,27 @@ def _run(cradle: Cradle) -> dict[str, Any]:
         "precision": cradle.plan.precision,
         "versions": _versions(),
     }
+
+
+def config_text(settings: Settings) -> str:
+    """Return the settings as a member keeps them beside its figures, ``run.toml``."""
+    return to_toml(settings, comments=False)
+
+
+@cache
+def source_hash() -> str:
+    """Return the sha256 over the names and contents of this package's and its built-ins' modules.
+
+    A version number does not change with every edit; this does.
+    """
+    digest = hashlib.sha256()
+    for package in ("ars_kit", "ars_kit_plugins"):
+        spec = find_spec(package)
+        root = Path(spec.origin or "").parent if spec else Path()
+        for file in sorted(root.rglob("*.py")) if spec else ():
+            digest.update(f"{package}/{file.relative_to(root).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, resolve
-from ars_kit.store import BEST, RunFolder, read_history
+from ars_kit.store import BEST, RunFolder, control_folder, read_history
 
 FROZEN = "run.toml"
 
@@ -81,7 +81,21 @@ def record_best(folder: RunFolder, best: str, metric: str) -> dict[str, Any]:
 
 
 def status(out: Path) -> list[dict[str, Any]]:
-    """Return each planned member's state, from the folder alone."""
+    """Return each planned member's state, then those of the run's controls, from the folder alone.
+
+    A control's rows name it; one that has not begun has a single row without a member.
+    """
+    rows = _status(out)
+    for control in frozen_settings(out).run.controls:
+        folder = control_folder(out, control)
+        if (folder / FROZEN).exists():
+            rows += [{"control": control, **row} for row in _status(folder)]
+        else:
+            rows.append({"control": control, "model_id": None, "state": "waiting", "steps": 0})
+    return rows
+
+
+def _status(out: Path) -> list[dict[str, Any]]:
     settings = frozen_settings(out)
     folder = RunFolder(out)
     rows = []

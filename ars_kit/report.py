@@ -1,4 +1,4 @@
-"""A finished family in words and tables: the model card of each member, the report of all."""
+"""A finished member in words and figures: its line in the family's table, and its model card."""
 
 from __future__ import annotations
 
@@ -41,41 +41,6 @@ def markdown_table(family: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines += ["| " + " | ".join(row_of(m)) + " |" for m in family]
     return "\n".join(lines)
-
-
-def report(family: Sequence[Mapping[str, Any]], best: str) -> str:
-    """Return ``report.md``: what was measured in this run, and nothing else."""
-    seconds = sum(m["training_time"] for m in family)
-    cost = sum(m["cost"] for m in family)
-    flops = sum(m["total_flops"] for m in family)
-    first = family[0]
-    winner = next(m for m in family if m["model_id"] == best)
-    return f"""# A family of {len(family)}: {first["model_id"]} to {family[-1]["model_id"]}
-
-{best} has the lowest held-out loss, {winner["heldout_loss"]:.4f} nats per token.
-The family took {seconds:.1f} s of training, {flops:.3g} FLOPs and {cost:.4f} $
-at {first["price_per_hour"]} $ per hour. Strategy {first["strategy"]}{descent(family)},
-optimizer {first["optimizer"]} over {first["base_optimizer"]}, seed {first["seed"]}.
-
-This run trained no control, so it says nothing about what inheritance or damping saved. For that,
-train the same family with `--strategy scratch`, and with `--optimizer adamw`, into other folders.
-
-{markdown_table(family)}
-
-Device: {first["device"]}, {first["precision"]}. Data sha256 {first["data_hash"]}.
-Versions: {", ".join(f"{k} {v}" for k, v in first["versions"].items())}.
-"""
-
-
-def descent(family: Sequence[Mapping[str, Any]]) -> str:
-    """Say what became of the parents: one thing for all heirs, or who did what."""
-    notes: dict[str, list[str]] = {}
-    for m in family:
-        if m["birth"].get("note"):
-            notes.setdefault(m["birth"]["note"], []).append(m["model_id"])
-    if len(notes) < 2:
-        return "".join(f" ({note})" for note in notes)
-    return " (" + "; ".join(f"{note}: {', '.join(names)}" for note, names in notes.items()) + ")"
 
 
 def model_card(metrics: Mapping[str, Any], config: PretrainedConfig) -> str:

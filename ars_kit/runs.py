@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ars_kit.controls import Control
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import (
@@ -21,11 +22,12 @@ from ars_kit.judge import judge
 from ars_kit.models import load_member
 from ars_kit.outcome import FROZEN, best_of, record_best
 from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
-from ars_kit.report import report
+from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
+from ars_kit.reporting import write_report
 from ars_kit.settings import Settings, differences, resolve, to_toml
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
-from ars_kit.store import RunFolder, locate
+from ars_kit.store import RunFolder, control_folder, locate
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.train import Stop
 
@@ -41,8 +43,19 @@ def execute(
     watcher: FamilyWatcher,
     progress: Progress | None = None,
     restart: bool = False,
+    note: str | None = None,
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Run a plan to its end, or on from where it stopped.
+
+    Args:
+        plan: what to train.
+        host: the installed plugins.
+        out: the run folder.
+        cache: of prepared data.
+        watcher: told what happens.
+        progress: told of the text's preparation.
+        restart: throw away what the folder holds first.
+        note: of a control, kept as ``control.json``.
 
     Returns:
         All metrics, and the member with the lowest held-out loss, if any was measured.
@@ -69,6 +82,10 @@ def execute(
             corpus = open_corpus(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
             _freeze(folder, plan.settings, corpus)
+            if not (folder.private / PLAN_RECORD).exists():
+                _keep(folder, PLAN_RECORD, plan.facts())
+            if note is not None:
+                folder.write_text(CONTROL_RECORD, note)
         accelerator.wait_for_everyone()
         family = Family(plan, host, folder, corpus, watcher, stop, accelerator)
         metrics = run_family(family)
@@ -76,9 +93,22 @@ def execute(
             return metrics, None
         best = best_of(metrics)
         if accelerator.is_main_process:
-            folder.write_text("report.md", report(metrics, best))
             record_best(folder, best, "heldout_loss")
+            write_report(out)
         return metrics, best
+
+
+def train_control(
+    control: Control, host: Host, out: Path, cache: Path, *, watcher: FamilyWatcher
+) -> list[dict[str, Any]]:
+    """Train a control in the run folder of its family, or go on where it was stopped.
+
+    It is an ordinary run in ``OUT/controls/NAME``, and raises what :func:`execute` does.
+    """
+    folder = RunFolder(control_folder(out, control.name))
+    record = json.dumps(control.record(), indent=2) + "\n"
+    metrics, _ = execute(control.plan, host, folder.path, cache, watcher=watcher, note=record)
+    return metrics
 
 
 def check_folder(out: Path, settings: Settings, *, restart: bool) -> None:
@@ -193,5 +223,9 @@ def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
             f"the text of {settings.data.source!r} has changed since this run began in "
             f"{folder.path}; put it back, or start anew with --restart"
         )
-    folder.write_text(f"{folder.private.name}/{DATA_RECORD}", json.dumps(now))
+    _keep(folder, DATA_RECORD, now)
     folder.write_text(FROZEN, to_toml(settings))
+
+
+def _keep(folder: RunFolder, name: str, facts: Mapping[str, Any]) -> None:
+    folder.write_text(f"{folder.private.name}/{name}", json.dumps(facts))

@@ -144,6 +144,11 @@ class RunSettings:
     """Optimizer steps between training states."""
     log_every: int = 10
     """Optimizer steps between readings of the losses from the device."""
+    heldout_every: int | None = None
+    """Optimizer steps between points of the held-out curve; none draws no curve, unless controls
+    are trained."""
+    controls: tuple[str, ...] = ()
+    """Controls trained after the family: scratch, no-growth, one-long-run, no-ars."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,8 +195,11 @@ PRETRAINED: Mapping[str, Any] = {
     "train.warmup_steps": 10,
 }
 
+CONTROLS = ("scratch", "no-growth", "one-long-run", "no-ars")
+"""The controls there are; :mod:`ars_kit.controls` says what each is."""
+
 # Changing these leaves the trained weights as they are, so a run may go on under other values.
-NEUTRAL = frozenset({"run.evaluators", "run.price_per_hour", "run.save_every", "run.log_every"})
+NEUTRAL = frozenset(f"run.{f.name}" for f in dataclasses.fields(RunSettings))
 
 POSITIVE = frozenset(
     {
@@ -199,7 +207,7 @@ POSITIVE = frozenset(
         *(f"train.{k}" for k in ("iterations", "tokens", "lr_width", "lr_vectors", "max_skipped")),
         *(f"train.{k}" for k in ("instability_limit", "instability_steps", "max_rollbacks")),
         *(f"family.{k}" for k in ("vocab_size", "head_dim", "aspect", "width", "init")),
-        *("data.heldout_tokens", "run.save_every", "run.log_every"),
+        *("data.heldout_tokens", "run.save_every", "run.log_every", "run.heldout_every"),
     }
 )
 NOT_NEGATIVE = frozenset({"train.warmup_steps", "train.weight_decay", "run.price_per_hour"})
@@ -378,6 +386,14 @@ def _check(settings: Settings) -> None:
             f"train.batch_size {train.batch_size} cannot be split into "
             f"{train.accumulation} equal micro-batches; change train.accumulation"
         )
+    for name in settings.run.controls:
+        if name not in CONTROLS:
+            raise ConfigError(
+                f"no control named {name!r}{did_you_mean(name, CONTROLS)}. "
+                f"There are: {', '.join(CONTROLS)}"
+            )
+        if settings.run.controls.count(name) > 1:
+            raise ConfigError(f"control {name!r} is named twice")
     for name in added:
         if added.count(name) > 1:
             raise ConfigError(f"damping gate {name!r} is added twice; a run has one of a name")

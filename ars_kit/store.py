@@ -47,6 +47,10 @@ from ars_kit.schema import did_you_mean
 
 BEST = "best.json"
 HISTORY = "history.jsonl"
+CURVE = "heldout.jsonl"
+CONTROLS = "controls"
+WRITTEN = ("report.md", "report.html", "control.json")
+"""What a run writes about itself besides."""
 LOCK = "lock"
 
 __all__ = ["BEST", "RunFolder", "check_directory", "locate", "read_history", "verify"]
@@ -263,8 +267,9 @@ class RunFolder:
         if same:
             name += f".{max(same) + 1}"
         with disk_errors(home):
-            if (home / HISTORY).exists():
-                sync(home / HISTORY)
+            for record in (home / HISTORY, home / CURVE):
+                if record.exists():
+                    sync(record)
         commit_directory(home / name, files, {"member": member, "step": step}, scratch=self.private)
         newest = {done: path for path in older if (done := _state_order(path)[0]) in keep}
         newest.pop(step, None)
@@ -330,32 +335,42 @@ class RunFolder:
 
     def history_path(self, member: str) -> Path:
         """Return where a member's history lies while it trains, or after."""
-        kept = self.path / member / HISTORY
-        return kept if kept.exists() else self._state_home(member) / HISTORY
+        return self._record_path(member, HISTORY)
 
-    def append_history(self, member: str, rows: list[dict[str, Any]]) -> None:
+    def curve_path(self, member: str) -> Path:
+        """Return where a member's held-out curve lies while it trains, or after, if it has one."""
+        return self._record_path(member, CURVE)
+
+    def _record_path(self, member: str, name: str) -> Path:
+        kept = self.path / member / name
+        return kept if kept.exists() else self._state_home(member) / name
+
+    def append_history(
+        self, member: str, rows: list[dict[str, Any]], *, name: str = HISTORY
+    ) -> None:
         """Append rows to a training member's history; the next training state makes them durable.
 
         Args:
             member: whose history it is.
             rows: JSON-ready, each with its ``step``, in order.
+            name: of the record, history or held-out curve.
 
         Raises:
             ArsKitError: the volume is full or refuses to be written.
         """
-        path = self._state_home(member) / HISTORY
+        path = self._state_home(member) / name
         with disk_errors(path):
             make_directory(path.parent)
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def cut_history(self, member: str, step: int) -> None:
+    def cut_history(self, member: str, step: int, *, name: str = HISTORY) -> None:
         """Drop what a killed run wrote of ``step`` and later, a torn last line included.
 
         Raises:
             IntegrityError: a line is not what was written.
         """
-        path = self._state_home(member) / HISTORY
+        path = self._state_home(member) / name
         if path.exists():
             kept = [row for row in read_history(path) if row["step"] < step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -375,19 +390,32 @@ class RunFolder:
     def start_anew(self) -> None:
         """Remove every member, state and record of this folder; other files stay.
 
-        Youngest first, so that a crash in between leaves a family without its youngest.
+        Youngest first, so that a crash in between leaves a family without its youngest. The
+        controls of the run go first of all.
+
+        Raises:
+            ConfigError: another run is training a control.
         """
+        controls = self.path / CONTROLS
+        for control in sorted(controls.glob("*")):
+            RunFolder(control).require_free()
+        discard(controls, scratch=self.private)
         try:
             names = self.members()
         except IntegrityError:  # what is thrown away may well be damaged
             names = []
         names += [name for name in standing(self.path) if name not in names]
         members = [self.path / name for name in names]
-        records = [self.path / n for n in (BEST, "report.md", LINEAGE, "run.toml")]
+        records = [self.path / n for n in (BEST, *WRITTEN, LINEAGE, "run.toml")]
         private = [p for p in self.private.iterdir() if p.name != LOCK]
         for path in (*reversed(members), *records, *private):
             discard(path, scratch=self.private)
         self.create()
+
+
+def control_folder(out: Path, name: str) -> Path:
+    """Return the run folder of a run's control."""
+    return out / CONTROLS / name
 
 
 def free_bytes(path: Path) -> int:

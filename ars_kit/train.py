@@ -23,11 +23,13 @@ from ars_kit.models import set_weights, weights_of
 from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
 from ars_kit.state import pack
+from ars_kit.store import CURVE
 from ars_kit.teaching import Teaching, follow_hints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ars_kit.curve import Curve
     from ars_kit.damping import DampedOptimizer
     from ars_kit.instability import Instability
     from ars_kit.plan import MemberPlan
@@ -81,6 +83,7 @@ class Trainee:
         warmup: optimizer steps in which the learning rate climbs from ``start_lr`` of its peak.
         decay_fraction: share of the steps in which it falls; None for the run's.
         branch: steps after which the state is also kept for an heir; None where no heir wants it.
+        curve: when the held-out text is judged along the way; None for never.
     """
 
     plan: MemberPlan
@@ -98,6 +101,7 @@ class Trainee:
     start_lr: float = 0.0
     decay_fraction: float | None = None
     branch: int | None = None
+    curve: Curve | None = None
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
@@ -124,6 +128,8 @@ def train_member(job: Trainee) -> None:
     wrapped = job.accelerator.prepare(job.model)
     wrapped.train()
     job.meter.start(job.accelerator.device)
+    if done == 0:
+        judge_heldout(job, done)
     while done < plan.steps:
         with what_breaks(job, done):
             train_step(job, wrapped, done)
@@ -132,13 +138,10 @@ def train_member(job: Trainee) -> None:
         saving = done % run.save_every == 0 or done == plan.steps or asked
         if saving or done == job.branch or done % run.log_every == 0:
             log(job, done)  # before a state is kept: a step that broke a promise must not be in it
-        undone = job.recovery.found is not None
         if job.recovery.found is not None:
             done = go_back(job, job.recovery.found)
-        elif done == job.branch:
-            save(job, done, name=branch_of(plan.name))
-        if saving and not undone:
-            save(job, done)
+        else:
+            keep(job, done, saving=saving)
         if asked and done < plan.steps:
             kind = Interrupted if job.stop.signal == signal.SIGINT else Preempted
             raise kind(
@@ -182,6 +185,35 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         job.meter.loss_flops += job.teaching.after(step)
         job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
+
+
+def keep(job: Trainee, done: int, *, saving: bool) -> None:
+    """Keep what is to be kept after ``done`` steps; a state never lacks its curve's points."""
+    if done == job.branch:
+        save(job, done, name=branch_of(job.plan.name))
+    judge_heldout(job, done)
+    if saving:
+        save(job, done)
+
+
+def judge_heldout(job: Trainee, done: int) -> None:
+    """Add a point to the held-out curve where one is due; the meter stands still meanwhile."""
+    curve, name, device = job.curve, job.plan.name, job.accelerator.device
+    if curve is None or not curve.due(done, job.plan.steps):
+        return
+    job.meter.pause(device)
+    if job.accelerator.is_main_process:
+        spent = {
+            "step": done,
+            "tokens": job.meter.tokens,
+            "seconds": job.meter.seconds,
+            "flops": job.plan.flops / job.plan.tokens * job.meter.tokens + job.meter.loss_flops,
+        }
+        job.folder.cut_history(name, done, name=CURVE)
+        point = spent | curve.point(job.model, device)
+        job.folder.append_history(name, [point], name=CURVE)
+    job.accelerator.wait_for_everyone()
+    job.meter.start(device)
 
 
 @contextmanager
@@ -247,6 +279,7 @@ def resume(job: Trainee) -> int:
         job.recovery.anchor = step
     if job.accelerator.is_main_process:
         job.folder.cut_history(job.plan.name, step)
+        job.folder.cut_history(job.plan.name, step + 1, name=CURVE)
     job.accelerator.wait_for_everyone()
     return step
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,40 @@ def tiny(text_folder: Path) -> list[str]:
         "--set", "family.vocab_size=300", "--set", "run.save_every=5",
         "--set", "family.aspect=4",
     ]  # fmt: skip
+
+
+class Quiet:
+    """Follows a family and says nothing."""
+
+    def born(self, *_: Any) -> None: ...
+
+    def steps(self, *_: Any) -> None: ...
+
+    def went_back(self, *_: Any) -> None: ...
+
+    def finished(self, *_: Any) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folder: Path) -> Path:
+    """A family of three and all of its controls, trained in this process; not to be changed."""
+    from ars_kit.controls import plan_controls, with_curve
+    from ars_kit.host import Host
+    from ars_kit.plan import plan_run
+    from ars_kit.reporting import write_report
+    from ars_kit.runs import execute, train_control
+    from ars_kit.settings import resolve
+
+    out, host = tmp_path_factory.mktemp("controlled") / "run", Host.installed()
+    flags = {
+        "family.members": "d2..d4", "family.vocab_size": 300, "family.aspect": 4.0,
+        "train.iterations": (4, 2), "train.batch_size": 4, "data.source": str(text_folder),
+        "data.sequence_length": 32, "data.heldout_tokens": 512,
+        "run.controls": "scratch,no-growth,one-long-run,no-ars",
+    }  # fmt: skip
+    plan = with_curve(plan_run(resolve(flags, {}), host))
+    metrics, _ = execute(plan, host, out, cache, watcher=Quiet())
+    for control in plan_controls(plan, host, metrics):
+        train_control(control, host, out, cache, watcher=Quiet())
+    write_report(out)
+    return out

@@ -13,6 +13,7 @@ from ars_kit.cli.growing import grow
 from ars_kit.cli.installation import completion, config, doctor
 from ars_kit.cli.members import evaluate, select, status, verify
 from ars_kit.cli.plugins import plugins as plugins_group
+from ars_kit.cli.reporting import compare, lineage, report
 from ars_kit.cli.training import plan, run
 from ars_kit.errors import ArsKitError
 
@@ -24,13 +25,16 @@ def cli() -> None:
 
 
 for _command in (
+    compare,
     completion,
     config,
     doctor,
     evaluate,
     grow,
+    lineage,
     plan,
     plugins_group,
+    report,
     run,
     select,
     status,

@@ -41,7 +41,7 @@ def status(out: Path, as_json: bool) -> None:
         return
     cells = [
         [
-            r["model_id"],
+            "/".join(name for name in (r.get("control"), r["model_id"]) if name),
             r["state"],
             str(r["steps"]),
             figure(r.get("final_loss", r.get("last_loss"))),

@@ -46,6 +46,12 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--base-optimizer", "optimizer.base", "The optimizer that a wrapper is put around."),
     ("--seed", "family.seed", "Seed of weights, data order and every draw."),
     ("--price-per-hour", "run.price_per_hour", "Price of the machine in dollars."),
+    (
+        "--controls",
+        "run.controls",
+        "Also train these beside it: scratch,no-growth,one-long-run,no-ars.",
+    ),
+    ("--heldout-every", "run.heldout_every", "Steps between points of the held-out curve."),
 )
 MANY: tuple[tuple[str, str, str], ...] = (
     ("--gate", "optimizer.gates", "Add a damping gate, NAME:key=value. Repeatable."),

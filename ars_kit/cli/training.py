@@ -22,8 +22,12 @@ from ars_kit.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from ars_kit.controls import Control
+    from ars_kit.host import Host
     from ars_kit.plan import RunPlan
 
 SPARE_RESULTS = ("converged at", "skipped", "final loss", "tokens/s", "parent", "perplexity",
@@ -39,14 +43,18 @@ SPARE_RESULTS = ("converged at", "skipped", "final loss", "tokens/s", "parent", 
 @json_option
 def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
     """Train the family, or go on where it was stopped."""
+    from ars_kit.controls import plan_controls, with_curve
     from ars_kit.display import Display, fitted
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import COLUMNS, markdown_table, row_of
+    from ars_kit.reporting import write_report
     from ars_kit.runs import check_folder, execute, open_corpus
 
     host, console = make_host(), make_console(stderr=True)
     settings = settings_of_run(out, options) if resume else settings_from(options)
-    plan = plan_run(settings, host)
+    plan = with_curve(plan_run(settings, host))
+    settings = plan.settings
+    controls = plan_controls(plan, host)  # what cannot be is said now
     main_process = os.environ.get("RANK", "0") == "0"
     display = Display(plan, console)
     if main_process:
@@ -55,7 +63,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         # Text that cannot be had is said before anything is timed or trained.
         open_corpus(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
-        _print_plan(plan, out, console)
+        _print_plan(plan, out, console, plan_controls(plan, host))
     with display.showing():
         metrics, best = execute(
             plan,
@@ -66,10 +74,13 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
             progress=display.preparing if main_process else None,
             restart=restart,
         )
+    trained = {c.name: _train(c, host, out, console) for c in plan_controls(plan, host, metrics)}
     if not main_process:
         return
+    if trained:
+        write_report(out)  # again, now that there is something to compare with
     if as_json:
-        echo_json({"best": best, "members": metrics})
+        echo_json({"best": best, "members": metrics, **({"controls": trained} if controls else {})})
         return
     result = make_console()
     if result.is_terminal:
@@ -81,10 +92,24 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         click.echo(f"\nNo held-out loss was measured. Members lie in {out}/.")
         return
     click.echo(
-        f"\nBest by held-out loss: {best}. Members lie in {out}/, the report is {out}/report.md.\n"
+        f"\nBest by held-out loss: {best}. "
+        f"Members lie in {out}/, the report is {out}/report.html.\n"
         f"Next: arskit evaluate {best} --out {out}\n"
         f"      arskit verify --out {out}"
     )
+
+
+def _train(control: Control, host: Host, out: Path, console: Console) -> list[dict[str, Any]]:
+    from ars_kit.display import Display, say
+    from ars_kit.runs import train_control
+
+    members, steps = control.plan.members, sum(m.steps for m in control.plan.members)
+    names = members[0].name if len(members) == 1 else f"{members[0].name} to {members[-1].name}"
+    if os.environ.get("RANK", "0") == "0":
+        say(console, f"control {control.name}: {names}, {steps:,} steps, by {control.source}")
+    display = Display(control.plan, console)
+    with display.showing():
+        return train_control(control, host, out, cache_folder(), watcher=display)
 
 
 @click.command()
@@ -93,19 +118,25 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
 @json_option
 def plan(out: Path, as_json: bool, **options: Any) -> None:
     """Show what a run would train, its time, memory, disk and cost."""
+    from ars_kit.controls import plan_controls, with_curve
     from ars_kit.plan import estimate, plan_run
     from ars_kit.store import free_bytes
 
     host = make_host()
-    made = estimate(plan_run(settings_from(options), host))
+    made = estimate(with_curve(plan_run(settings_from(options), host)))
+    controls = plan_controls(made, host)
     tell_of(host)
     if as_json:
-        echo_json({**made.facts(), "available_disk_bytes": free_bytes(out)})
+        planned = {c.name: c.record() | {"estimated_seconds": c.plan.seconds} for c in controls}
+        more = {"controls": planned} if controls else {}
+        echo_json({**made.facts(), **more, "available_disk_bytes": free_bytes(out)})
     else:
-        _print_plan(made, out, make_console())
+        _print_plan(made, out, make_console(), controls)
 
 
-def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
+def _print_plan(
+    plan: RunPlan, out: Path, console: Console, controls: Sequence[Control] = ()
+) -> None:
     from ars_kit.display import duration, fitted, parent_of, say
     from ars_kit.durable import byte_count
     from ars_kit.store import free_bytes
@@ -142,3 +173,11 @@ def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
         f"{byte_count(plan.memory_available)} on {plan.device}; "
         f"{byte_count(plan.disk_bytes)} of disk, {room} in {byte_count(free)} at {out}.",
     )
+    for control in controls:
+        steps = sum(m.steps for m in control.plan.members)
+        flops = sum(m.planned_flops for m in control.plan.members)
+        say(
+            console,
+            f"Control {control.name}: {steps:,} steps, {flops:.2e} FLOPs "
+            f"({control.source}), {duration(control.plan.seconds)} (est.).",
+        )

@@ -1,0 +1,351 @@
+"""``report.md`` and ``report.html``: a run folder told in words, tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ars_kit import charts, sections
+from ars_kit.comparison import Comparison, compare_runs
+from ars_kit.kinship import drawn
+from ars_kit.losses import smoothed
+from ars_kit.page import (
+    Block,
+    Code,
+    Figure,
+    Page,
+    Points,
+    Sample,
+    Section,
+    Table,
+    Text,
+    as_html,
+    as_markdown,
+)
+from ars_kit.reach import Spent, family_points, points
+from ars_kit.records import MemberRecord, RunRecord, read_run
+from ars_kit.scenarios import scenarios
+from ars_kit.store import RunFolder
+from ars_kit.summary import summary
+from ars_kit.verdicts import RULE, checks
+
+REPORTS = ("report.md", "report.html")
+MOST_POINTS = 400
+"""Points that a line is drawn with at most: more are not seen, and a file stays small."""
+
+
+def write_report(out: Path, beside: Sequence[Path] = ()) -> list[Path]:
+    """Write both forms of the report into a run folder; returns where they are.
+
+    Args:
+        out: the run folder, finished or not.
+        beside: other run folders that the report compares with, such as other seeds.
+
+    Raises:
+        ConfigError: there is no run, or one beside it was judged on other text.
+        IntegrityError: the lineage is damaged.
+    """
+    page = build(read_run(out), [read_run(path) for path in beside])
+    folder = RunFolder(out)
+    for name, text in zip(REPORTS, (as_markdown(page), as_html(page)), strict=True):
+        folder.write_text(name, text)
+    return [out / name for name in REPORTS]
+
+
+def build(run: RunRecord, beside: Sequence[RunRecord] = ()) -> Page:
+    """Return the report on a run.
+
+    Args:
+        run: finished or not; what is missing is said.
+        beside: runs to compare it with.
+    """
+    comparison = compare_runs([run, *beside])
+    names = [m.name for m in run.members]
+    title = f"A family of {len(names)}: {names[0]} to {names[-1]}" if names[1:] else names[0]
+    if run.control is not None:
+        title = f"Control {run.control['control']}: {title}"
+    made = [
+        Section("Checklist", list(_checklist(run))),
+        Section("The family", list(_family(run))),
+        Section("Loss against FLOPs", list(_losses(run, comparison))),
+        Section("Quality", list(_quality(run))),
+        Section("Damping", list(_damping(run))),
+        Section("Controls", list(_controls(run, comparison))),
+        Section("Cost", list(_cost(run, comparison))),
+        Section("Lineage", [Code(drawn(run)), Text(_LINEAGE)]),
+        Section("Samples", list(_samples(run))),
+        Section("How this was measured", list(_conditions(run, comparison))),
+        Section("How to reproduce", list(_reproduce(run))),
+    ]
+    return Page(title, summary(run, comparison), made)
+
+
+_LINEAGE = (
+    "Beside each name stands the sha256 of its manifest, shortened, and in brackets that of the "
+    "parent's manifest it was born from. arskit lineage --json prints them whole, with the hashes "
+    "of configuration, source and data that each figure comes from."
+)
+
+
+def _checklist(run: RunRecord) -> Iterator[Block]:
+    rows = [[c.metric, c.expected, c.found, c.verdict] for c in checks(run)]
+    heads = ["metric", "the plan expects", "measured", "verdict"]
+    yield Table("The plan's six metrics and the trend it expects of each", heads, rows, names=4)
+    yield Text(RULE)
+
+
+def _family(run: RunRecord) -> Iterator[Block]:
+    yield sections.family_table(run)
+    waiting = [m for m in run.members if m.state != "done"]
+    if waiting:
+        yield Text(
+            f"Not finished: {', '.join(m.name for m in waiting)}. This report says what was there "
+            "when it was written; type arskit report again for a newer one."
+        )
+    if run.problems:
+        yield Text("Missing or damaged:")
+        yield Points(run.problems)
+
+
+def _losses(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
+    curves = [m for m in run.members if m.curve]
+    made = _heldout_lines(run, comparison) if curves else _training_lines(run)
+    if not made:
+        yield Text("No step was recorded yet.")
+        return
+    what = "Held-out loss" if curves else "Smoothed training loss"
+    ends = "; ".join(f"{line.name.lstrip('_')} ends at {line.ys[-1]:.3f}" for line in made)
+    yield Figure(
+        f"{what} against all FLOPs spent so far",
+        f"{what} in nats per token over cumulative FLOPs: {ends}.",
+        charts.lines(
+            what,
+            f"{what} in nats per token over cumulative FLOPs: {ends}.",
+            made,
+            x="FLOPs since the first step of the run",
+            y="nats per token",
+        ),
+    )
+    if curves:
+        yield sections.curve_table(run)
+    else:
+        yield Text("No held-out curve was drawn; run.heldout_every asks for one.")
+
+
+def _heldout_lines(run: RunRecord, comparison: Comparison) -> list[charts.Line]:
+    family = _by_member(list(family_points(run)))
+    found = [
+        charts.Line(
+            name, [p.flops for p in ps], [p.loss for p in ps], charts.shade(i, len(family)), 0
+        )
+        for i, (name, ps) in enumerate(family.items())
+    ]
+    for at, group in enumerate(comparison.groups[1:]):
+        control = group.runs[0]
+        largest = max(control.members, key=lambda m: m.metrics.get("parameters", 0))
+        chain = any(m.parent for m in control.members)
+        ps = points(control, largest.name, ancestors=True) if chain else []
+        alone = [] if chain else [points(control, m.name, ancestors=False) for m in control.members]
+        for nth, line in enumerate([ps, *alone]):
+            if line:
+                label = group.name if nth in (0, 1) else f"_{group.name} {line[0].member}"
+                xs, ys = [p.flops for p in line], [p.loss for p in line]
+                found.append(charts.Line(label, xs, ys, f"c{at % charts.HUES}", at + 1))
+    return found
+
+
+def _by_member(curve: Sequence[Spent]) -> dict[str, list[Spent]]:
+    found: dict[str, list[Spent]] = {}
+    for point in curve:
+        found.setdefault(point.member, []).append(point)
+    return found
+
+
+def _training_lines(run: RunRecord) -> list[charts.Line]:
+    found, spent = [], 0.0
+    planned = {m["name"]: m["flops"] / m["steps"] for m in (run.plan or {}).get("members", [])}
+    for i, member in enumerate(run.members):
+        rows = [r for r in member.history if not r["skipped"] and r["loss"] is not None]
+        per_step = (
+            member.metrics["flops"] / member.metrics["steps"]
+            if member.metrics.get("steps")
+            else planned.get(member.name)
+        )
+        if rows and per_step:
+            xs = [spent + per_step * (row["step"] + 1) for row in rows]
+            ys = smoothed([row["loss"] for row in rows])
+            colour = charts.shade(i, len(run.members))
+            found.append(charts.Line(member.name, _thin(xs), _thin(ys), colour, 0))
+        spent += member.metrics.get("total_flops", 0.0)
+    return found
+
+
+def _quality(run: RunRecord) -> Iterator[Block]:
+    if not any(m.metrics for m in run.members):
+        yield Text("No member is finished, so none was judged.")
+        return
+    key = "bits_per_byte"
+    names = [m.name for m in run.finished]
+    values = [_bounded(m, key) for m in run.finished]
+    if any(values):
+        told = ", ".join(f"{n} {v[1]:.3f}" for n, v in zip(names, values, strict=True) if v)
+        alt = f"Held-out bits per byte of each member: {told}. Lower is better."
+        error = any(v and v[0] < v[2] for v in values)
+        caption = "Held-out bits per byte; lower is better" + (
+            ". Bars: 95 % interval over documents" if error else ""
+        )
+        plot = charts.dots("Quality", alt, names, {"bits per byte": values}, y="bits per byte")
+        yield Figure(caption, alt, plot)
+    yield sections.judged_table(run)
+
+
+def _bounded(member: MemberRecord, key: str) -> tuple[float, float, float] | None:
+    value = member.metrics.get(key)
+    if value is None:
+        return None
+    low, high = sections.interval(member.metrics, key) or (value, value)
+    return min(low, value), value, max(high, value)
+
+
+def _damping(run: RunRecord) -> Iterator[Block]:
+    recorded = [m for m in run.members if m.history]
+    if not recorded:
+        yield Text("No step was recorded, so there is nothing to see of damping.")
+        return
+    gates = list(dict.fromkeys(g for m in run.finished for g in m.metrics["gates"]))
+    series: dict[str, tuple[list[float], list[float]]] = {n: ([], []) for n in ("damping", *gates)}
+    skipped, back, labels, first = list[float](), list[float](), list[tuple[float, str]](), 0
+    for member in recorded:
+        for row in member.history:
+            at = first + row["step"]
+            if row["skipped"]:
+                skipped.append(at)
+                continue
+            values = {"damping": row["gradient"] * row["step_size"], **row}
+            for name, (xs, ys) in series.items():
+                if values.get(name) is not None:
+                    xs.append(at)
+                    ys.append(values[name])
+            if row.get("went_back"):
+                back.append(at)
+        labels.append((first + len(member.history) / 2, member.name))
+        first += len(member.history)
+    active = {n: s for n, s in series.items() if n == "damping" or any(y < 0.999 for y in s[1])}
+    drawn_lines = [
+        charts.Line(n, _thin(xs), _thin(_eased(ys)), f"c{(i + 5) % charts.HUES}", i)
+        for i, (n, (xs, ys)) in enumerate(active.items())
+        if xs
+    ]
+    quiet = [n for n in gates if n not in active]
+    lowest = min(series["damping"][1], default=1.0)
+    alt = (
+        f"Damping of each step over {first} steps of {len(recorded)} members; the lowest is "
+        f"{lowest:.3f}, {len(skipped)} steps were skipped."
+    )
+    marks = {k: v for k, v in {"skipped step": skipped, "went back": back}.items() if v}
+    plot = charts.lines(
+        "Damping", alt, drawn_lines, x="step of the family", y="factor; 1 is undamped",
+        marks=marks, labels=labels,
+    )  # fmt: skip
+    yield Figure("Damping over time, smoothed, and the gates that ever damped", alt, plot)
+    if quiet:
+        yield Text(f"Gates that never damped a step: {', '.join(quiet)}.")
+    yield sections.gates_table(run)
+
+
+def _eased(values: Sequence[float]) -> list[float]:
+    """Return means over 9 steps, so that a line is legible; the table has the exact means."""
+    half = 4
+    return [
+        sum(window := values[max(0, i - half) : i + half + 1]) / len(window)
+        for i in range(len(values))
+    ]
+
+
+def _thin(values: Sequence[float]) -> list[float]:
+    stride = -(-len(values) // MOST_POINTS)
+    return [*values[::stride]] if len(values) % stride == 1 or stride == 1 else [
+        *values[::stride], values[-1]
+    ]  # fmt: skip
+
+
+def _controls(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
+    if len(comparison.groups) == 1 and run.settings.run.controls:
+        yield Text("The controls that were asked for have not begun.")
+        return
+    if len(comparison.groups) == 1:
+        yield Text(
+            "No control was trained, so nothing here says what inheritance or damping saved. "
+            "arskit run --controls scratch,no-growth,one-long-run,no-ars trains them."
+        )
+        return
+    yield sections.quality_table(comparison, "bits_per_byte")
+    if comparison.reached:
+        yield sections.reached_table(comparison)
+        yield Text(
+            "Saved is 1 - (what the family spent) / (what the control spent); negative where the "
+            "family spent more. Member alone: from its birth on, as if its ancestors were free."
+        )
+
+
+def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
+    planned = {m["name"]: m.get("seconds") for m in (run.plan or {}).get("members", [])}
+    price = run.settings.run.price_per_hour / 3600
+    names = [m.name for m in run.members]
+    foreseen = [None if (s := planned.get(n)) is None else s * price for n in names]
+    actual = [m.metrics.get("cost") for m in run.members]
+    if any(v is not None for v in actual):
+        told = f"{sum(v or 0 for v in actual):.4g} $ in all"
+        if any(v is not None for v in foreseen):
+            told += f", estimated {sum(v or 0 for v in foreseen):.4g} $"
+        alt = f"Cost of each member: {told}."
+        series = {"estimated": foreseen, "measured": actual}
+        series = {k: v for k, v in series.items() if any(x is not None for x in v)}
+        plot = charts.bars("Cost", alt, names, series, y="dollars")
+        yield Figure("Cost, estimated before the start and measured", alt, plot)
+    yield sections.planned_table(run)
+    yield sections.cost_table(scenarios(comparison))
+
+
+def _samples(run: RunRecord) -> Iterator[Block]:
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for member in run.members:
+        for sample in member.samples:
+            told = prompts.setdefault(str(sample["prompt"]), [])
+            told.append((member.name, str(sample["text"])))
+    if not prompts:
+        yield Text("No samples were generated; --eval generate asks for some.")
+    for prompt, answers in prompts.items():
+        yield Sample(prompt, answers)
+
+
+def _conditions(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
+    found, settings = run.finished, run.settings
+    lines = [
+        f"Strategy {settings.family.strategy}",
+        f"Optimizer {settings.optimizer.name} over {settings.optimizer.base}",
+        f"Seeds {', '.join(map(str, comparison.family.seeds))}",
+        f"Text {settings.data.source}, data sha256 {run.data.get('data', 'not prepared yet')}",
+        f"Tokenizer sha256 {run.data.get('tokenizer', 'not made yet')}",
+    ]
+    for name, key in (("Device", "device"), ("Precision", "precision"), ("Source", "source_hash")):
+        values = dict.fromkeys(str(m.metrics[key]) for m in found if m.metrics.get(key))
+        lines.append(f"{name} {', '.join(values) or 'not known yet'}")
+    if found:
+        versions = found[-1].metrics["versions"]
+        lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+    yield Points(lines)
+    if comparison.notes:
+        yield Text("To keep in mind:")
+        yield Points([f"{note}." for note in comparison.notes])
+
+
+def _reproduce(run: RunRecord) -> Iterator[Block]:
+    if run.control is not None:
+        yield Text(
+            "A control is trained by the run that it belongs to, with the same --controls; by "
+            "itself, from its own settings:"
+        )
+    else:
+        yield Text("With run.toml from this run's folder, and the same text in its place:")
+    yield Code("arskit run --config run.toml --out again")

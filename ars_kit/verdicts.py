@@ -1,0 +1,109 @@
+"""The plan's six metrics and the trend it expected of each, with what was measured here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from ars_kit.records import MemberRecord, RunRecord
+
+Verdict = Literal["holds", "does not hold", "not measured here"]
+SAME = 0.10
+"""Figures that differ by no more than this share of the smallest count as equal."""
+RULE = (
+    "A trend holds where the last member is better than the first and more than half of the steps "
+    "from member to member go that way; figures are equal where the largest is at most 10 % above "
+    "the smallest. The time is compared among the heirs, which train for equally many steps."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One expectation and what became of it.
+
+    Attributes:
+        found: what was measured, in words.
+    """
+
+    metric: str
+    expected: str
+    found: str
+    verdict: Verdict
+
+
+def checks(run: RunRecord) -> list[Check]:
+    """Return the plan's checklist for a run, finished or not."""
+    members = run.finished
+    trained = [m for m in members if m.metrics.get("steps")]
+    heirs = [m for m in trained if m.metrics["parent_model"] is not None]
+    damped = run.settings.optimizer.name.name == "ars"
+    spread = [(m.name, _unsteadiness(m) if damped else None) for m in trained]
+    return [
+        _trend("training loss", "falls", _of(trained, "final_loss"), "{:.3f}"),
+        _equal("time", "stays equal", _of(heirs, "training_time"), "{:.1f} s"),
+        _trend(
+            "convergence",
+            "gets faster",
+            _of(trained, "convergence_iterations"),
+            "{:.0f} iterations",
+        ),
+        _trend("damping", "gets steadier", spread, "sd {:.3f}"),
+        _equal("VRAM", "stays equal", _of(trained, "vram_usage_peak"), "{:.2f} GB"),
+        _trend("quality", "rises", _of(members, "bits_per_byte"), "{:.3f} bits/byte"),
+    ]
+
+
+Figures = Sequence[tuple[str, float | None]]
+
+
+def _of(members: Sequence[MemberRecord], key: str) -> Figures:
+    found: list[tuple[str, Any]] = [(m.name, m.metrics.get(key)) for m in members]
+    return found
+
+
+def _unsteadiness(member: MemberRecord) -> float | None:
+    """Return the standard deviation of a member's damping over the steps it took."""
+    taken = [r["gradient"] * r["step_size"] for r in member.history if not r["skipped"]]
+    return statistics.pstdev(taken) if taken else None
+
+
+def _trend(metric: str, expected: str, figures: Figures, form: str) -> Check:
+    """Judge a figure that is to go down from member to member."""
+    return _judge(metric, expected, figures, form, _falls)
+
+
+def _equal(metric: str, expected: str, figures: Figures, form: str) -> Check:
+    return _judge(metric, expected, figures, form, _alike)
+
+
+def _judge(
+    metric: str,
+    expected: str,
+    figures: Figures,
+    form: str,
+    rule: Callable[[Sequence[float]], tuple[bool, str]],
+) -> Check:
+    there = [(name, value) for name, value in figures if value is not None]
+    if len(there) < 2 or len(there) < len(figures):
+        return Check(metric, expected, "-", "not measured here")
+    (first, start), (last, end) = there[0], there[-1]
+    holds, how = rule([value for _, value in there])
+    found = f"{first} {form.format(start)}, {last} {form.format(end)}; {how}"
+    return Check(metric, expected, found, "holds" if holds else "does not hold")
+
+
+def _falls(values: Sequence[float]) -> tuple[bool, str]:
+    steps = list(pairwise(values))
+    down = sum(after < before for before, after in steps)
+    return values[-1] < values[0] and down > len(
+        steps
+    ) / 2, f"better in {down} of {len(steps)} steps"
+
+
+def _alike(values: Sequence[float]) -> tuple[bool, str]:
+    low, high = min(values), max(values)
+    ratio = high / low if low else float("inf")
+    return high <= low * (1 + SAME), f"largest is {ratio:.2f} times the smallest"

@@ -1,0 +1,222 @@
+"""What it took to reach a loss, on curves that are written down here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ars_kit.comparison import Comparison, compare_runs
+from ars_kit.errors import ConfigError
+from ars_kit.reach import Spent, family_points, first_at, points
+from ars_kit.records import MemberRecord, RunRecord
+from ars_kit.scenarios import scenarios
+from ars_kit.settings import resolve
+from ars_kit.spread import Spread
+from ars_kit.summary import summary
+from ars_kit.verdicts import checks
+
+
+def member(
+    name: str, losses: list[float | None], *, parent: str | None = None, **figures: Any
+) -> MemberRecord:
+    """Return a member that spends 10 FLOPs and 2 s between two points."""
+    steps = len(losses) - 1
+    before = figures.pop("before", 0.0)
+    curve = tuple(
+        {"step": i, "loss": loss, "flops": 10.0 * i, "seconds": 2.0 * i, "judged_tokens": 64,
+         "judging_seconds": 1.0, "judging_flops": 5.0}
+        for i, loss in enumerate(losses)
+    )  # fmt: skip
+    metrics = {
+        "model_id": name, "parent_model": parent, "parameters": 100 * int(name[1:]),
+        "steps": steps, "tokens": steps, "flops": 10.0 * steps, "setup_flops": 0.0,
+        "total_flops": 10.0 * steps, "lineage_flops": before + 10.0 * steps,
+        "training_time": 2.0 * steps, "cost": 2.0 * steps, "device": "cpu", "gates": {},
+        "heldout_loss": losses[-1], "bits_per_byte": losses[-1], "final_loss": losses[-1],
+        "convergence_iterations": steps, "ars_damping_avg": 1.0, "skipped_steps": 0,
+        "rollbacks": [], "vram_usage_peak": None, **figures,
+    }  # fmt: skip
+    return MemberRecord(name, "done", metrics, curve=curve, parent=parent)
+
+
+BUDGETS = {"no-growth": 1.0, "one-long-run": 1.0, "scratch": None, "no-ars": None}
+
+
+def run(
+    label: str, *members: MemberRecord, controls: tuple[RunRecord, ...] = (), **flags: Any
+) -> RunRecord:
+    settings = resolve({"run.price_per_hour": 3600.0, **flags}, {})
+    control = {"control": label, "budget_flops": BUDGETS[label]} if label in BUDGETS else None
+    data = {"data": "a", "tokenizer": "b"}
+    return RunRecord(Path(label), label, settings, members, control, controls, data)
+
+
+CHAIN = (
+    member("d1", [4.0, 3.0, 2.0]),
+    member("d2", [2.0, 2.4, 1.0], parent="d1", before=20.0),
+)
+
+
+def test_the_path_counts_what_the_ancestors_cost() -> None:
+    line = points(run("family", *CHAIN), "d2", ancestors=True)
+    assert [(p.member, p.loss, p.flops, p.cost) for p in line] == [
+        ("d1", 4.0, 0.0, 0.0), ("d1", 3.0, 10.0, 2.0), ("d1", 2.0, 20.0, 4.0),
+        ("d2", 2.0, 20.0, 4.0), ("d2", 2.4, 30.0, 6.0), ("d2", 1.0, 40.0, 8.0),
+    ]  # fmt: skip
+    alone = points(run("family", *CHAIN), "d2", ancestors=False)
+    assert [p.flops for p in alone] == [0.0, 10.0, 20.0]
+    assert [p.flops for p in family_points(run("family", *CHAIN))][-1] == 40.0
+
+
+def test_a_loss_is_reached_between_two_points() -> None:
+    line = points(run("family", *CHAIN), "d2", ancestors=True)
+    assert first_at(line, 3.5) == Spent("d1", 3.5, 5.0, 1.0, 1.0)
+    assert first_at(line, 2.0) == Spent("d1", 2.0, 20.0, 4.0, 4.0)
+    found = first_at(line, 1.7)
+    assert found is not None
+    assert (found.member, found.flops) == ("d2", pytest.approx(35.0))
+    assert first_at(line, 0.9) is None
+
+
+def test_nothing_is_interpolated_across_a_birth() -> None:
+    jump = (member("d1", [4.0, 3.0]), member("d2", [2.0, 1.0], parent="d1", before=10.0))
+    found = first_at(points(run("family", *jump), "d2", ancestors=True), 2.5)
+    assert found == Spent("d2", 2.0, 10.0, 2.0, 2.0)
+
+
+def test_a_branch_costs_what_it_continued() -> None:
+    # d2 left d1 after half of it.
+    branch = (member("d1", [4.0, 3.0, 2.0]), member("d2", [3.0, 1.0], parent="d1", before=10.0))
+    line = points(run("family", *branch), "d2", ancestors=True)
+    assert [(p.member, p.flops, p.seconds) for p in line] == [
+        ("d1", 0.0, 0.0), ("d1", 10.0, 2.0), ("d2", 10.0, 2.0), ("d2", 20.0, 4.0),
+    ]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_no_point() -> None:
+    holes = member("d1", [4.0, None, 2.0])
+    assert [p.flops for p in points(run("family", holes), "d1", ancestors=True)] == [0.0, 20.0]
+
+
+def family_with(control: RunRecord, *members: MemberRecord) -> Comparison:
+    return compare_runs([run("family", *(members or CHAIN), controls=(control,))])
+
+
+def test_savings_are_what_was_not_spent_until_the_controls_loss() -> None:
+    scratch = run(
+        "scratch", member("d2", [4.0, 3.0, 2.0, 1.5, 1.4]), **{"family.strategy": "scratch"}
+    )
+    (row,) = family_with(scratch).reached
+    assert (row.target, row.control and row.control.flops) == (1.4, 40.0)
+    # Between 2.4 at 30 and 1.0 at 40.
+    assert row.reached is not None
+    assert row.reached.flops == pytest.approx(30 + 10 * (2.4 - 1.4) / 1.4)
+    assert row.saved() == pytest.approx(1 - row.reached.flops / 40)
+    assert row.saved(own=True) == pytest.approx(1 - (row.reached.flops - 20) / 40)
+    assert row.saved("seconds") == pytest.approx(row.saved("cost"))
+    assert row.control_reached is None  # it never came down to 1.0
+
+
+def test_what_was_not_reached_is_said_and_not_numbered() -> None:
+    control = run("no-growth", member("d1", [4.0, 1.0, 0.5]))
+    comparison = family_with(control)
+    (row,) = comparison.reached
+    assert (row.member, row.against) == ("d1", "d2")  # against the path to the largest
+    assert (row.reached, row.own, row.saved()) == (None, None, None)
+    assert row.control_reached == Spent("d1", 1.0, 10.0, 2.0, 2.0)
+    assert comparison.saved("no-growth", "d1") is None
+    said = " ".join(summary(comparison.family.runs[0], comparison))
+    assert "did not reach the held-out loss of d1 of control no-growth" in said
+    assert "one seed (0), so there is no interval" in said
+
+
+def test_without_a_curve_nothing_is_claimed() -> None:
+    bare = MemberRecord("d2", "done", member("d2", [4.0, 1.0]).metrics)
+    (row,) = family_with(run("scratch", bare)).reached
+    assert row.why == "no held-out curve was drawn"
+    assert row.facts()["saved"] == {"flops": None, "seconds": None, "cost": None}
+
+
+def test_several_seeds_have_a_spread_and_an_interval() -> None:
+    runs = []
+    for seed, last in ((0, 1.0), (1, 1.1), (2, 0.9)):
+        flags = {"family.seed": seed}
+        chain = (member("d1", [4.0, 2.0]), member("d2", [2.0, last], parent="d1", before=10.0))
+        control = run("scratch", member("d2", [4.0, 2.0, 1.5]), **flags)
+        runs.append(run(f"seed{seed}", *chain, controls=(control,), **flags))
+    comparison = compare_runs(runs)
+    assert [(g.name, g.seeds) for g in comparison.groups] == [
+        ("family", [0, 1, 2]), ("scratch", [0, 1, 2]),
+    ]  # fmt: skip
+    assert comparison.notes == ()
+    spread = comparison.family.spread("heldout_loss", "d2")
+    assert spread is not None
+    assert (spread.n, spread.mean, spread.sd) == (3, pytest.approx(1.0), pytest.approx(0.1))
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert (spread.low, spread.high) == (pytest.approx(1 - half), pytest.approx(1 + half))
+    assert [r.seed for r in comparison.reached] == [0, 1, 2]
+    assert "95 % interval" in summary(runs[0], comparison)[2]
+
+
+def test_runs_that_do_otherwise_are_groups_named_by_what_they_do() -> None:
+    other = run("faster", *CHAIN, **{"train.lr": 0.5})
+    groups = compare_runs([run("family", *CHAIN), other]).groups
+    assert [g.name for g in groups] == ["family", "train.lr: 0.012 -> 0.5"]
+
+
+def test_other_text_is_refused_and_another_tokenizer_said() -> None:
+    def other(**changes: Any) -> RunRecord:
+        found = run("other", *CHAIN, **changes.pop("flags", {}))
+        return RunRecord(found.path, "other", found.settings, found.members, data=changes)
+
+    ours = run("family", *CHAIN)
+    with pytest.raises(ConfigError, match="other was trained on other text than family"):
+        compare_runs([ours, other(data="z", tokenizer="b")])
+    judged = other(data="a", tokenizer="b", flags={"data.heldout_fraction": 0.2})
+    with pytest.raises(ConfigError, match=r"judged on other text .*fraction: 0.2, not 0.1"):
+        compare_runs([ours, judged])
+    found = compare_runs([ours, other(data="a", tokenizer="z", flags={"train.lr": 0.5})])
+    assert any("another tokenizer" in note for note in found.notes)
+    assert {row.why for row in found.reached} == {"another tokenizer"}
+
+
+def test_the_plans_scenarios_stand_beside_what_was_measured() -> None:
+    scratch = run("scratch", *CHAIN, **{"family.strategy": "scratch"})
+    found = {s.name: s for s in scenarios(family_with(scratch))}
+    assert [round(s.planned, 2) for s in found.values()] == [7.92, 4.40, 4.40]
+    assert found["from scratch"].facts()["measured_cost"] == 8.0
+    assert found["progressive"].measured is None  # no run without ARS is there
+    assert found["progressive + ARS"].facts()["measured_seconds"] == 8.0
+
+
+def test_one_seed_has_no_spread() -> None:
+    assert Spread.of([]) is None
+    assert Spread.of([None]) is None
+    one = Spread.of([2.0, None])
+    assert one == Spread(1, 2.0)
+    assert one.shown() == "2.0000"
+    assert Spread(2, 1.0, 0.25).shown(".2f") == "1.00 ± 0.25"
+
+
+def test_the_checklist_says_what_holds() -> None:
+    chain = {1: None, 2: "d1", 3: "d2"}
+    better = [member(f"d{i}", [4.0, 4.0 - i], parent=parent) for i, parent in chain.items()]
+    found = {c.metric: c for c in checks(run("family", *better))}
+    assert found["training loss"].verdict == "holds"
+    assert found["training loss"].found == "d1 3.000, d3 1.000; better in 2 of 2 steps"
+    assert found["time"].verdict == "holds"
+    assert found["convergence"].verdict == "does not hold"
+    assert found["VRAM"].verdict == "not measured here"
+    assert found["damping"].verdict == "not measured here"  # there is no history
+    assert found["quality"].verdict == "holds"
+
+
+def test_time_that_grows_is_not_equal() -> None:
+    heirs = [member("d1", [4.0, 3.0]), member("d2", [3.0, 2.0], parent="d1", training_time=2.0),
+             member("d3", [2.0, 1.0], parent="d2", training_time=2.3)]  # fmt: skip
+    (time,) = [c for c in checks(run("family", *heirs)) if c.metric == "time"]
+    assert time.verdict == "does not hold"
+    assert "largest is 1.15 times the smallest" in time.found
