@@ -23,7 +23,7 @@ from ars_kit.schema import Choice, bind, did_you_mean
 from ars_kit.spec import API_VERSION, PROJECT, Hooks, Offer
 
 Kind = Literal[
-    "optimizers", "wrappers", "gates", "strategies", "evaluators", "data_sources"
+    "optimizers", "wrappers", "gates", "strategies", "evaluators", "data_sources", "servers"
 ]  # the part of the hook's name after "arskit_"
 
 SINGULAR: Mapping[Kind, str] = {
@@ -33,6 +33,7 @@ SINGULAR: Mapping[Kind, str] = {
     "strategies": "inheritance strategy",
     "evaluators": "evaluator",
     "data_sources": "data source",
+    "servers": "serving engine",
 }
 
 PROMISES: Mapping[Kind, tuple[str, ...]] = {
@@ -42,6 +43,7 @@ PROMISES: Mapping[Kind, tuple[str, ...]] = {
     "strategies": ("inherits", "supports", "inherit"),
     "evaluators": ("__call__",),
     "data_sources": ("fingerprint", "documents"),
+    "servers": ("context", "slots", "prefill", "decode", "release", "close"),
 }
 """What every made thing of a kind has."""
 

@@ -6,7 +6,8 @@ until a user chooses one of its offers by name.
 
 This module imports the standard library and pluggy; torch and transformers appear in types only, so
 that ``arskit --help`` stays quick. Values handed to a plugin are frozen dataclasses: a new field
-breaks no plugin. Those about inheritance are written in :mod:`ars_kit.heredity`.
+breaks no plugin. Those about inheritance are written in :mod:`ars_kit.heredity`,
+those about serving in :mod:`ars_kit.deployment`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
 
+from ars_kit.deployment import Engine, Service
 from ars_kit.heredity import (
     Birth,
     Blend,
@@ -55,6 +57,7 @@ __all__ = [
     "DataSource",
     "Descent",
     "Document",
+    "Engine",
     "Evaluand",
     "Evaluator",
     "Finishing",
@@ -73,6 +76,7 @@ __all__ = [
     "Picks",
     "Preserves",
     "Seed",
+    "Service",
     "Span",
     "StepSignal",
     "hookimpl",
@@ -296,3 +300,11 @@ class Hooks:
     @hookspec
     def arskit_data_sources(self) -> Sequence[Offer[DataSource]]:  # type: ignore[empty-body]
         """Data sources, chosen with ``--data NAME:key=value`` or ``--data PATH``."""
+
+    @hookspec
+    def arskit_servers(self) -> Sequence[Offer[Engine]]:  # type: ignore[empty-body]
+        """Serving engines, chosen with ``--engine NAME:key=value``: ``make(service, ...)``.
+
+        ``service`` is a :class:`Service`. One that the engine cannot serve is a ``ConfigError``
+        that says why; ``--engine auto`` then asks the next engine.
+        """

@@ -136,3 +136,11 @@ def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folde
         train_control(control, host, out, cache, watcher=Quiet())
     write_report(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of two layers, untrained, with its tokenizer."""
+    from served import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("served") / "tiny")

@@ -19,7 +19,7 @@ from ars_kit.cli.options import (
 from ars_kit.errors import IntegrityError
 
 
-def _names_in_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+def names_in_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Complete the members of the run folder."""
     from ars_kit.lineage import standing
 
@@ -77,7 +77,7 @@ def verify(out: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, shell_complete=_names_in_run)
+@click.argument("names", nargs=-1, required=True, shell_complete=names_in_run)
 @click.option("--data", help="Judge on other text: a path, hf:owner/name, or a source.")
 @click.option("--eval", "evaluators", multiple=True, help="Evaluator, NAME:key=value. Repeatable.")
 @out_option
@@ -98,7 +98,7 @@ def evaluate(
         overrides["data.source"] = data
     if evaluators:
         overrides["run.evaluators"] = list(evaluators)
-    figures = judge(_expand(names), make_host(), out, cache_folder(), overrides)
+    figures = judge(expand(names), make_host(), out, cache_folder(), overrides)
     if as_json:
         echo_json(figures)
         return
@@ -121,7 +121,7 @@ def select(metric: str, out: Path, as_json: bool) -> None:
         click.echo(f"{record['member']}: {record['rule']}, {record['value']:.4f}")
 
 
-def _expand(names: tuple[str, ...]) -> list[str]:
+def expand(names: tuple[str, ...]) -> list[str]:
     """Turn ranges such as d10..d18 into names; anything else stands for itself."""
     from ars_kit.roster import parse_depths
 

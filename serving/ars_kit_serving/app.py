@@ -1,0 +1,305 @@
+"""The application: OpenAI's routes over the served models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from openai.types import Completion
+from openai.types import Model as ModelCard
+from openai.types.chat import ChatCompletion
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ars_kit import __version__
+from ars_kit_serving.answers import ChatShape, CompletionShape, Shape, usage_of
+from ars_kit_serving.failures import ApiError, no_model, too_long
+from ars_kit_serving.generation import Generation, Model, Order
+from ars_kit_serving.guard import Gate, Journal, Rules
+from ars_kit_serving.measures import Measures
+from ars_kit_serving.protocol import (
+    DEFAULT_TOKENS,
+    MAX_SEQUENCES,
+    ChatRequest,
+    CompletionRequest,
+    refusal,
+)
+from ars_kit_serving.tokenizing import PromptError
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the routes share.
+
+    Attributes:
+        models: by name, in the order they are listed.
+        measures: what is counted.
+        seconds: that a request may take.
+    """
+
+    models: Mapping[str, Model]
+    measures: Measures
+    seconds: float
+
+    def model(self, name: str) -> Model:
+        """Return a served model.
+
+        Raises:
+            ApiError: there is none of that name.
+        """
+        if name not in self.models:
+            raise no_model(name, list(self.models))
+        return self.models[name]
+
+    async def order(self, model: Model, request: CompletionRequest | ChatRequest) -> Order:
+        """Turn a request into token ids and limits.
+
+        Raises:
+            ApiError: it cannot be honoured, or does not fit.
+        """
+        refused = refusal(request)
+        if refused:
+            what, why = refused
+            raise ApiError(400, f"{what}: {why}.", param=what, code="unsupported")
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
+        try:  # in a thread: a long text takes a while, and others are being answered
+            prompts = await asyncio.to_thread(_prompts, model, request)
+        except PromptError as error:
+            raise ApiError(400, f"{field}: {error}", param=field, code="invalid_prompt") from error
+        known = [*(max(p) for p in prompts), *(request.logit_bias or {})]
+        if max(known) >= model.vocabulary:
+            raise ApiError(
+                400,
+                f"A token id is beyond the vocabulary, which ends at {model.vocabulary - 1}.",
+                param=field if max(map(max, prompts)) >= model.vocabulary else "logit_bias",
+                code="invalid_token",
+            )
+        scheduler = model.scheduler
+        most = min(MAX_SEQUENCES, scheduler.queue + scheduler.engine.slots)
+        if len(prompts) * request.choices > most:
+            raise ApiError(400, f"{field}: prompts times n may be {most} at most.", param=field)
+        return Order(
+            prompts=prompts,
+            choices=request.choices,
+            sampling=request.sampling(_reported(request)),
+            stops=request.stops,
+            limits=[_limit(request, len(p), scheduler.engine.context, field) for p in prompts],
+            seconds=self.seconds,
+        )
+
+
+def _prompts(model: Model, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    tokenizer = model.tokenizer
+    if isinstance(request, ChatRequest):
+        return [tokenizer.chat([message.plain() for message in request.messages])]
+    prompt: Any = request.prompt if request.prompt is not None else ""
+    if isinstance(prompt, str):
+        return [tokenizer.prompt(prompt)]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return [tokenizer.prompt(one) if isinstance(one, str) else one for one in prompt]
+
+
+def _reported(request: CompletionRequest | ChatRequest) -> int | None:
+    if isinstance(request, ChatRequest):
+        return (request.top_logprobs or 0) if request.logprobs else None
+    return request.logprobs
+
+
+def _limit(request: CompletionRequest | ChatRequest, prompt: int, context: int, field: str) -> int:
+    """Return the tokens that an answer may have."""
+    asked = request.max_tokens
+    if isinstance(request, ChatRequest):
+        asked = request.max_completion_tokens or asked
+    room = context - prompt
+    if room < (asked or 1):
+        error = too_long(prompt, asked or 1, context)
+        error.param = field
+        raise error
+    default = room if isinstance(request, ChatRequest) else min(DEFAULT_TOKENS, room)
+    return asked or default
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a generation, which ends with them, however they end."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end, or until the client has left."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.end()
+
+
+async def _events(generation: Generation, shape: Shape, *, usage: bool) -> AsyncIterator[str]:
+    try:
+        opened: set[int] = set()
+        async for answer, piece in generation.pieces():
+            if answer.index not in opened:
+                opened.add(answer.index)
+                if (first := shape.first(answer)) is not None:
+                    yield f"data: {first}\n\n"
+            if piece or answer.finish:
+                yield f"data: {shape.chunk(answer, piece, usage=usage)}\n\n"
+    except ApiError as error:  # the status was sent long ago
+        yield f"data: {error.body()}\n\n"
+        return
+    if usage:
+        counted = usage_of(generation.order.prompts, generation.answers)
+        yield f"data: {shape.last(counted)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _whole(generation: Generation, shape: Shape, receive: Receive) -> Response:
+    """Answer at once, or give up when the client leaves."""
+
+    async def work() -> None:
+        async for _ in generation.pieces():
+            pass
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            return Response(status_code=499)  # nobody reads it; the log does
+        await tasks[0]
+    finally:
+        generation.end()
+        for task in tasks:
+            task.cancel()
+    usage = usage_of(generation.order.prompts, generation.answers)
+    return Response(shape.full(generation.answers, usage), media_type="application/json")
+
+
+async def _answer(
+    desk: Desk, request: Request, body: CompletionRequest | ChatRequest, kind: type[Shape]
+) -> Response:
+    model = desk.model(body.model)
+    order = await desk.order(model, body)
+    facts = request.scope["state"]["facts"]
+    facts["stream"] = bool(body.stream)
+    generation = Generation(model, order, desk.measures, facts)
+    generation.start()
+    shape = kind(body.model, model.tokenizer, logprobs=order.sampling.logprobs is not None)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(generation, _events(generation, shape, usage=usage))
+    return await _whole(generation, shape, request.receive)
+
+
+def create_app(
+    models: Mapping[str, Model], *, rules: Rules, seconds: float, measures: Measures | None = None
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        models: by the name that clients ask for.
+        rules: who may ask, and how much.
+        seconds: that a request may take.
+        measures: what is counted; new ones by default.
+    """
+    desk = Desk(models, measures or Measures(), seconds)
+    for name, model in models.items():
+        desk.measures.waiting.labels(name).set_function(model.scheduler.count_waiting)
+        desk.measures.active.labels(name).set_function(model.scheduler.count_active)
+    app = FastAPI(title="arskit serve", version=__version__, docs_url=None, redoc_url=None)
+    app.state.desk = desk
+    _handle_errors(app)
+    _add_routes(app)
+    app.add_middleware(Gate, rules=rules)
+    if rules.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(rules.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Journal, measures=desk.measures)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"][1:]]
+        name = path[0] if path and first["type"] != "json_invalid" else None
+        message = first["msg"] if name is None else f"{name}: {first['msg']}"
+        return ApiError(400, message, param=name, code="invalid_value").response()
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        words = {404: f"Unknown request URL: {request.method} {request.url.path[:200]}"}
+        message = words.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def _desk(request: Request) -> Desk:
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+AtDesk = Annotated[Desk, Depends(_desk)]
+
+
+def _add_routes(app: FastAPI) -> None:
+    errors: dict[int | str, dict[str, Any]] = {
+        code: {"description": "An error, in OpenAI's form."}
+        for code in (400, 401, 403, 404, 408, 413, 429)
+    }
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response, responses=errors)
+    async def metrics(desk: AtDesk) -> Response:
+        return Response(generate_latest(desk.measures.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", responses=errors)
+    async def models(desk: AtDesk) -> JSONResponse:
+        cards = [_card(model) for model in desk.models.values()]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @app.get("/v1/models/{name}", response_model=ModelCard, responses=errors)
+    async def model(name: str, desk: AtDesk) -> JSONResponse:
+        return JSONResponse(_card(desk.model(name)))
+
+    @app.post("/v1/completions", response_model=Completion, responses=errors)
+    async def completions(
+        body: Annotated[CompletionRequest, Body()], request: Request, desk: AtDesk
+    ) -> Response:
+        return await _answer(desk, request, body, CompletionShape)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=errors)
+    async def chat(
+        body: Annotated[ChatRequest, Body()], request: Request, desk: AtDesk
+    ) -> Response:
+        return await _answer(desk, request, body, ChatShape)
+
+
+def _card(model: Model) -> dict[str, Any]:
+    card = ModelCard(id=model.name, created=model.created, object="model", owned_by="arskit")
+    context = model.scheduler.engine.context
+    return {**card.model_dump(exclude_unset=True), "max_model_len": context}

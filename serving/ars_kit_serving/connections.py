@@ -1,0 +1,50 @@
+"""Connections that do not wait for ever: uvicorn's protocol with a limit for headers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+HEADER_SECONDS = 15.0
+"""In which a request's headers must have arrived; uvicorn itself sets no such limit."""
+
+
+class PatientProtocol(H11Protocol):
+    """Closes a connection whose headers do not come (an attack known as slowloris)."""
+
+    header_seconds = HEADER_SECONDS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # its own
+        """Start the clock."""
+        super().connection_made(transport)
+        self._header_clock = self.loop.call_later(self.header_seconds, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock once a request has begun; start it when another one begins to arrive."""
+        super().data_received(data)
+        cycle: RequestResponseCycle | None = self.cycle
+        idle = cycle is None or cycle.response_complete
+        if not idle:
+            self._stop_clock()
+        elif self._header_clock is None:
+            self._header_clock = self.loop.call_later(self.header_seconds, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def _stop_clock(self) -> None:
+        if self._header_clock is not None:
+            self._header_clock.cancel()
+            self._header_clock = None
+
+    def _too_slow(self) -> None:
+        self._header_clock = None
+        self.transport.close()

@@ -1,0 +1,115 @@
+"""From logits to a token: temperature, nucleus, penalties, bias, and log-probabilities.
+
+The same arithmetic for every engine, so that the same request means the same on each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: share of the probability that is drawn from (nucleus sampling, 1904.09751).
+        presence_penalty: taken off the logit of each token that the answer already has.
+        frequency_penalty: the same, times how often it has it.
+        logit_bias: added to the logits of tokens, by id.
+        seed: of the draws; None for another one each time.
+        logprobs: how many of the most likely tokens to report with each; None for no report.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drawn token.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability under the model's own distribution at temperature 1, where it
+            was asked for.
+        top: the most likely ids and their log-probabilities, best first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Draws the tokens of one answer.
+
+    Args:
+        how: see :class:`Sampling`.
+        choice: the answer's number among those to the same request; each draws on its own.
+    """
+
+    def __init__(self, how: Sampling, choice: int = 0) -> None:
+        self.how = how
+        entropy = None if how.seed is None else (how.seed % 2**64, choice)
+        self._random = np.random.default_rng(entropy)
+        self._seen: Counter[int] = Counter()
+
+    def draw(self, logits: Floats) -> Drawn:
+        """Return the next token; logits have shape (vocabulary,)."""
+        how = self.how
+        scores = self._adjusted(logits)
+        if how.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = self._pick(_softmax(scores.astype(np.float64) / how.temperature))
+        self._seen[token] += 1
+        if how.logprobs is None:
+            return Drawn(token)
+        logs = np.log(np.maximum(_softmax(logits.astype(np.float64)), 1e-300))
+        best = np.argsort(-logs, kind="stable")[: how.logprobs]
+        return Drawn(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in best))
+
+    def _adjusted(self, logits: Floats) -> Floats:
+        how = self.how
+        penalised = (how.presence_penalty or how.frequency_penalty) and self._seen
+        if not (how.logit_bias or penalised):
+            return logits
+        scores = logits.astype(np.float64)
+        for token, bias in how.logit_bias.items():
+            scores[token] += bias
+        if penalised:
+            for token, count in self._seen.items():
+                scores[token] -= how.presence_penalty + how.frequency_penalty * count
+        return scores
+
+    def _pick(self, chances: npt.NDArray[np.float64]) -> int:
+        point = self._random.random()
+        if self.how.top_p >= 1:
+            place = np.searchsorted(np.cumsum(chances), point, side="right")
+            return min(int(place), len(chances) - 1)
+        order = np.argsort(-chances, kind="stable")
+        heights = np.cumsum(chances[order])
+        reach = int(np.searchsorted(heights, self.how.top_p))
+        kept = min(reach + 1, len(order))  # at least one
+        spot = int(np.searchsorted(heights[:kept], point * heights[kept - 1], side="right"))
+        return int(order[min(spot, kept - 1)])
+
+
+def _softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    powers = np.exp(scores - scores.max())
+    made: npt.NDArray[np.float64] = powers / powers.sum()
+    return made

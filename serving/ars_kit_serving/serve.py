@@ -1,0 +1,247 @@
+"""``arskit serve``: checkpoints opened, an engine chosen for each, requests answered until told."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from ars_kit.errors import ConfigError
+from ars_kit.host import Host
+from ars_kit.schema import Choice
+from ars_kit.spec import Engine, Service
+from ars_kit_serving.app import create_app
+from ars_kit_serving.checkpoints import Checkpoint, open_checkpoint
+from ars_kit_serving.connections import PatientProtocol
+from ars_kit_serving.generation import Model
+from ars_kit_serving.guard import LOCAL_HOSTS, Rules
+from ars_kit_serving.logs import log_to_stderr
+from ars_kit_serving.scheduling import Scheduler
+from ars_kit_serving.tokenizing import ServedTokenizer
+
+AUTO = ("transformers",)
+"""Engines that ``auto`` asks, in this order; the last one serves whatever can be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve, how, and to whom.
+
+    Attributes:
+        names: members, ``best``, or directories.
+        out: the run folder.
+        host: the installed plugins.
+        engine: an engine and its settings, or ``auto``.
+        cache: folder for what engines derive from checkpoints.
+        address: to listen on.
+        port: to listen on; 0 for any free one.
+        key: that clients must present.
+        origins: web pages that may ask.
+        context: tokens of prompt and answer; None for the model's own.
+        slots: sequences a model works on at once.
+        queue: sequences that may wait for a model.
+        seconds: that a request may take.
+        drain_seconds: that requests may go on once the server is told to stop.
+        say: tells the user a line of progress.
+    """
+
+    names: Sequence[str]
+    out: Path
+    host: Host
+    engine: Choice
+    cache: Path
+    address: str
+    port: int
+    key: str | None
+    origins: Collection[str]
+    context: int | None
+    slots: int
+    queue: int
+    seconds: float
+    drain_seconds: float
+    say: Callable[[str], None]
+
+
+def serve(serving: Serving, ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what is being answered.
+
+    Args:
+        serving: what, how, and to whom.
+        ready: called with the base URL once requests are answered.
+
+    Raises:
+        ConfigError: a checkpoint, an engine or the address cannot be had, or there is no key where
+            others than this machine could ask.
+        IntegrityError: a checkpoint is not what was committed.
+        PluginError: the engine failed.
+    """
+    rules = rules_of(serving)
+    checkpoints = [open_checkpoint(name, serving.out) for name in serving.names]
+    _require_distinct([c.name for c in checkpoints])
+    with _listening(serving.address, serving.port) as listener:
+        models: dict[str, Model] = {}
+        try:
+            for checkpoint in checkpoints:
+                models[checkpoint.name] = load(checkpoint, serving)
+            _run(serving, models, rules, listener, ready)
+        finally:
+            for model in models.values():
+                model.scheduler.close()
+
+
+def rules_of(serving: Serving) -> Rules:
+    """Return who may ask.
+
+    Raises:
+        ConfigError: others than this machine could, without a key.
+    """
+    local = is_loopback(serving.address)
+    if not local and not serving.key:
+        raise ConfigError(
+            f"--host {serving.address} lets other machines ask: set a key with ARSKIT_API_KEY or "
+            "--api-key, or leave --host out"
+        )
+    return Rules(
+        key=serving.key or None,
+        hosts=None if serving.key else LOCAL_HOSTS,
+        origins=tuple(serving.origins),
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this machine can reach an address."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def load(checkpoint: Checkpoint, serving: Serving) -> Model:
+    """Load a checkpoint into its engine.
+
+    Raises:
+        ConfigError: no engine can serve it.
+        PluginError: the engine failed.
+    """
+    tokenizer = ServedTokenizer(checkpoint.path)
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    if tokenizer.size > vocabulary:
+        raise ConfigError(
+            f"{checkpoint.name}: its tokenizer has {tokenizer.size} tokens, its model only "
+            f"{vocabulary}; they are not of one checkpoint"
+        )
+    service = Service(
+        name=checkpoint.name,
+        path=checkpoint.path,
+        digest=checkpoint.digest,
+        cache=serving.cache,
+        context=serving.context,
+        slots=serving.slots,
+        say=serving.say,
+    )
+    engine = choose(service, serving)
+    return Model(
+        name=checkpoint.name,
+        tokenizer=tokenizer,
+        scheduler=Scheduler(engine, queue=serving.queue),
+        vocabulary=min(tokenizer.size, vocabulary),
+        created=int(time.time()),
+    )
+
+
+def choose(service: Service, serving: Serving) -> Engine:
+    """Make the engine that was asked for, or with ``auto`` the first that serves this checkpoint.
+
+    Raises:
+        ConfigError: none does.
+        PluginError: it failed.
+    """
+    if serving.engine.name != "auto":
+        made: Engine = serving.host.make("servers", serving.engine, service)
+        serving.say(f"{service.name}: engine {serving.engine}, as asked for")
+        return made
+    reasons = []
+    for name in AUTO:
+        try:
+            made = serving.host.make("servers", Choice(name), service)
+        except ConfigError as error:
+            reasons.append(f"{name} cannot: {error}")
+            continue
+        why = "; ".join(reasons) or "the first choice of auto"
+        serving.say(f"{service.name}: engine {name} ({why})")
+        return made
+    raise ConfigError(f"no engine serves {service.name}. {'; '.join(reasons)}")
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"two of the models would be called {min(twice)!r}; rename one")
+
+
+def _listening(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address} port {port}: {error.strerror or error}; choose another "
+            "--host or --port"
+        ) from error
+
+
+def _run(
+    serving: Serving,
+    models: dict[str, Model],
+    rules: Rules,
+    listener: socket.socket,
+    ready: Callable[[str], None],
+) -> None:
+    log_to_stderr()
+    app = create_app(models, rules=rules, seconds=serving.seconds)
+    host = f"[{serving.address}]" if ":" in serving.address else serving.address
+    url = f"http://{host}:{listener.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready(url)
+
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(serving.drain_seconds),
+    )
+    with _told_to_stop(serving.say):
+        Server(config).run(sockets=[listener])
+
+
+class _told_to_stop:  # noqa: N801 -- a context manager
+    """Makes the signals that uvicorn raises again after its orderly end mean nothing more."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.signal(s, self._done) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _done(self, number: int, _: FrameType | None) -> None:
+        self.say(f"stopped by {signal.Signals(number).name}")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        sys.stderr.flush()

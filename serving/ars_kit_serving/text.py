@@ -1,0 +1,74 @@
+"""From tokens to text as it comes: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class TextStream:
+    """Turns one sequence's tokens into text, a piece at a time.
+
+    Joined, the pieces are what decoding all tokens at once would give, up to the first stop string.
+    A token is decoded together with those before it, back to a place where a character ended:
+    decoders are free to join neighbours (the method of text-generation-inference and vLLM).
+
+    Args:
+        decode: of the tokenizer, special tokens left out.
+        stops: strings that end the text and are no part of it.
+
+    Attributes:
+        stopped: a stop string was found; later tokens are not looked at.
+    """
+
+    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._decode = decode
+        self._stops = stops
+        self._tokens: list[int] = []
+        self._start = 0  # of what is decoded together
+        self._read = 0  # tokens whose text is known for good
+        self._held = ""  # known for good, but perhaps the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Take a token; returns the text that is certain from now on, often none."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        known = self._decode(self._tokens[self._start : self._read])
+        text = self._decode(self._tokens[self._start :])
+        if len(text) <= len(known) or text.endswith(BROKEN):
+            return ""  # a character's bytes are not all there yet
+        self._start, self._read = self._read, len(self._tokens)
+        return self._release(text[len(known) :])
+
+    def finish(self) -> str:
+        """Return what is left at the end: a broken character too, and the mere start of a stop."""
+        if self.stopped:
+            return ""
+        known = self._decode(self._tokens[self._start : self._read])
+        text = self._decode(self._tokens[self._start :])
+        rest = self._release(text[len(known) :])
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, text: str) -> str:
+        """Return what of the held and the new text cannot be part of a stop string."""
+        whole = self._held + text
+        found = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return whole[: min(found)]
+        keep = max((_overlap(whole, stop) for stop in self._stops), default=0)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that ``stop`` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

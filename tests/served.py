@@ -1,0 +1,115 @@
+"""What the serving tests share: small diverse checkpoints, and an engine that says its lines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from conftest import make_text
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from ars_kit.tokens import TrainBPE, make_tokenizer
+from ars_kit_serving.generation import Model
+from ars_kit_serving.scheduling import Scheduler
+from ars_kit_serving.tokenizing import ServedTokenizer
+
+CONTEXT = 96
+
+
+def shape(kind: str, vocabulary: int) -> PretrainedConfig:
+    """Return two layers of an architecture."""
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    if kind == "qwen3":
+        return Qwen3Config(**common, head_dim=16)
+    if kind == "llama":
+        return LlamaConfig(**common)
+    if kind == "gpt2":
+        return GPT2Config(
+            vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+    return Qwen2Config(**common, tie_word_embeddings=True)
+
+
+def make_checkpoint(path: Path, kind: str = "qwen2") -> Path:
+    """Write an untrained checkpoint whose weights are far enough apart to say many things."""
+    made = make_tokenizer(TrainBPE(320), iter(make_text(8)), path)
+    model = AutoModelForCausalLM.from_config(shape(kind, made.size))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p + 0.2 * torch.randn(p.shape, generator=draw))
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(path)
+    return path
+
+
+class Scripted:
+    """An engine that answers every prompt with the same tokens, over and over.
+
+    Args:
+        lines: the tokens.
+        vocabulary: of its logits.
+        pause: seconds a step takes.
+        slots: sequences at once.
+    """
+
+    def __init__(
+        self, lines: Sequence[int], vocabulary: int, *, pause: float = 0.0, slots: int = 2
+    ) -> None:
+        self.context, self.slots, self.pause = 10_000, slots, pause
+        self.lines, self.vocabulary = lines, vocabulary
+        self.places: dict[int, int] = {}
+        self.steps = 0
+        self.broken = False
+        self.go = threading.Event()
+        self.go.set()
+
+    def prefill(self, slot: int, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        self.go.wait(20)
+        self.places[slot] = 0
+        return self._say(slot)
+
+    def decode(self, tokens: Mapping[int, int]) -> npt.NDArray[np.float32]:
+        self.go.wait(20)
+        if self.broken:
+            raise RuntimeError("out of lines")
+        time.sleep(self.pause)
+        self.steps += 1
+        return np.stack([self._say(slot) for slot in tokens])
+
+    def _say(self, slot: int) -> npt.NDArray[np.float32]:
+        logits = np.zeros(self.vocabulary, np.float32)
+        logits[self.lines[self.places[slot] % len(self.lines)]] = 50
+        self.places[slot] += 1
+        return logits
+
+    def release(self, slot: int) -> None:
+        self.places.pop(slot, None)
+
+    def close(self) -> None:
+        self.places.clear()
+
+
+def model_of(
+    engine: Any, tokenizer: ServedTokenizer, name: str = "tiny", *, queue: int = 8
+) -> Model:
+    """Return a served model over an engine."""
+    return Model(name, tokenizer, Scheduler(engine, queue=queue), tokenizer.size, 1)
