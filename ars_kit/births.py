@@ -66,12 +66,18 @@ class Newborn:
 
 @dataclass(frozen=True, slots=True)
 class Cradle:
-    """What a birth needs of the run."""
+    """What a birth needs of the run.
+
+    Attributes:
+        corpus: the run's text, which every member is judged on.
+        texts: each text that a member trains on, by its source as it was written.
+    """
 
     plan: RunPlan
     host: Host
     folder: RunFolder
     corpus: Corpus
+    texts: Mapping[str, Corpus]
     strategy: InheritanceStrategy
     device: torch.device
 
@@ -129,6 +135,7 @@ def bear(cradle: Cradle, member: MemberPlan) -> Newborn:
         "inherited_share": inherited_share(seed.provenance, shapes),
         "optimizer_state": "carried" if opt_state else "fresh",
         "phase": parent.phase,
+        "replay": seed.replay if member.before else 0.0,
         "note": seed.note,
         "setup_flops": account.flops,
     }
@@ -190,6 +197,8 @@ def _check_terms(cradle: Cradle, member: MemberPlan, seed: Seed, fresh: Mapping[
     unknown = sorted(seed.hints.keys() - fresh.keys())
     if unknown:
         raise _broke(cradle, f"gave a hint about {unknown[0]}, which {member.name} has not")
+    if not 0 <= seed.replay < 1:
+        raise _broke(cradle, f"asked for a replay of {seed.replay}, which is no share in [0, 1)")
     if seed.decay_fraction is not None and member.branch is not None:
         raise _broke(
             cradle, f"moved the decay of {member.name}, before which an heir is planned to leave it"
@@ -219,12 +228,16 @@ def _check_promise(
 
 def _windows(cradle: Cradle, member: MemberPlan, n: int) -> torch.Tensor:
     settings = cradle.plan.settings
+    data, end = member.data, member.start
+    parent = next((m for m in cradle.plan.members if m.name == member.parent), None)
+    if parent is not None and parent.data != data:
+        data, end = parent.data, dict(member.before)[parent.data]
     read = Batches(
-        cradle.corpus.train,
+        cradle.texts[data].train,
         sequence_length=settings.data.sequence_length,
         batch_size=n,
         seed=settings.family.seed,
-        start=max(0, member.start - n),
+        start=max(0, end - n),
     )
     return torch.from_numpy(read.batch(0))
 

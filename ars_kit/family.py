@@ -17,7 +17,7 @@ from ars_kit.errors import PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
-from ars_kit.judge import judge
+from ars_kit.judge import PERPLEXITY, judge
 from ars_kit.ledger import counting
 from ars_kit.models import build, flops_per_token, parameter_groups, save_member
 from ars_kit.optim import build_optimizer
@@ -27,7 +27,7 @@ from ars_kit.report import model_card
 from ars_kit.spec import Finishing
 from ars_kit.store import HISTORY, RunFolder
 from ars_kit.teaching import Teaching, hinted
-from ars_kit.tokens import Batches
+from ars_kit.tokens import Batches, Replayed
 from ars_kit.train import (
     Stop,
     Trainee,
@@ -59,12 +59,13 @@ class FamilyWatcher(Watcher, Protocol):
 
 @dataclass(slots=True)
 class Family:
-    """What every birth of one run shares."""
+    """What every birth of one run shares; see :class:`Cradle`."""
 
     plan: RunPlan
     host: Host
     folder: RunFolder
     corpus: Corpus
+    texts: Mapping[str, Corpus]
     watcher: FamilyWatcher
     stop: Stop
     accelerator: Accelerator
@@ -74,7 +75,7 @@ class Family:
         """What a birth needs, with the strategy made afresh."""
         strategy = self.host.make("strategies", self.plan.settings.family.strategy)
         device = self.accelerator.device
-        return Cradle(self.plan, self.host, self.folder, self.corpus, strategy, device)
+        return Cradle(self.plan, self.host, self.folder, self.corpus, self.texts, strategy, device)
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
@@ -147,21 +148,12 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     remember_peaks(optimizer)
     if born.opt_state:
         load_named_state(optimizer.base, born.opt_state)
-    batches = Batches(
-        family.corpus.train,
-        sequence_length=settings.data.sequence_length,
-        batch_size=train.batch_size,
-        seed=settings.family.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        start=member.start,
-    )
     job = Trainee(
         plan=member,
         settings=settings,
         model=model,
         optimizer=optimizer,
-        batches=batches,
+        batches=_batches(family, member, seed.replay),
         accelerator=accelerator,
         folder=family.folder,
         watcher=family.watcher,
@@ -178,11 +170,41 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         family.watcher.born(member.name, born.facts)
     train_member(job)
     if accelerator.is_main_process:
-        quality = judge(family.host, settings, member.name, model, family.corpus)
+        quality = _judged(family, member, model)
         metrics = member_metrics(cradle, member, job, born, quality)
         _commit(family, cradle.relative(member), model, metrics, _records(family, member.name))
     accelerator.wait_for_everyone()
     return read_metrics(family.folder, member.name)
+
+
+def _batches(family: Family, member: MemberPlan, replay: float) -> Batches:
+    settings, accelerator = family.plan.settings, family.accelerator
+
+    def read(data: str, start: int) -> Batches:
+        return Batches(
+            family.texts[data].train,
+            sequence_length=settings.data.sequence_length,
+            batch_size=settings.train.batch_size,
+            seed=settings.family.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            start=start,
+        )
+
+    own = read(member.data, member.start)
+    old = [(read(data, 0), sequences) for data, sequences in member.before]
+    return Replayed(own, old, replay) if old and replay else own
+
+
+def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> dict[str, float | None]:
+    """Judge a member on the run's text, and on its own where that is another."""
+    host, settings = family.host, family.plan.settings
+    figures = judge(host, settings, member.name, model, family.corpus)
+    own = family.texts[member.data]
+    if own is family.corpus:
+        return figures
+    more = judge(host, settings, member.name, model, own, choices=[PERPLEXITY])
+    return {**figures, **{f"own_{name}": value for name, value in more.items()}}
 
 
 def _teaching(family: Family, strategy: str, born: Newborn, *, taught: bool) -> Teaching:

@@ -77,6 +77,8 @@ def member_metrics(
         "birth": born.facts,
         "heldout_curve": _curve(cradle, member, job),
         **_run(cradle, cradle.relative(member)),
+        "data": member.data,
+        "data_hash": cradle.texts[member.data].facts.data_hash,
         "device": device_name(job.accelerator.device),
         "processes": job.accelerator.num_processes,
     }

@@ -234,6 +234,8 @@ class Seed:
         hints: by child tensor; those not named train as the run says.
         loss: takes the place of the cross-entropy; see ``Lesson``.
         on_step: called after each optimizer step.
+        replay: share of the child's sequences, in [0, 1), that are read again from the texts that
+            its lineage was trained on and it is not. Nothing where there are none.
         note: what became of the parent, in a few words for the report.
     """
 
@@ -247,6 +249,7 @@ class Seed:
     hints: Mapping[str, Hint] = field(default_factory=dict)
     loss: Loss | None = None
     on_step: OnStep | None = None
+    replay: float = 0.0
     note: str = ""
 
 

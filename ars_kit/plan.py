@@ -45,7 +45,9 @@ class MemberPlan:
     """One member before it is born.
 
     Attributes:
-        start: sequences its lineage has read before it.
+        start: sequences of its text that its lineage has read before it.
+        data: the text it trains on, as it was written.
+        before: the other texts that its lineage was trained on, and how many sequences of each.
         position: 0 for the family's first member, 1 for its last.
         flops: of its training steps, forward and backward.
         memory_bytes: estimated peak of weights, gradients, two moments and activations, fp32.
@@ -69,6 +71,8 @@ class MemberPlan:
     phase: Phase = "cooled"
     branch: int | None = None
     teacher_flops: float = 0.0
+    data: str = ""
+    before: tuple[tuple[str, int], ...] = ()
     seconds: float | None = None
 
     @property
@@ -78,7 +82,7 @@ class MemberPlan:
 
     def facts(self) -> dict[str, Any]:
         """Return the plan's figures, JSON-ready."""
-        skipped = {"config", "start", "position", "branch"}
+        skipped = {"config", "start", "position", "branch", "before"}
         found = {k: v for k, v in asdict(self).items() if k not in skipped}
         return {**found, "width": self.config.hidden_size, "layers": self.config.num_hidden_layers}
 
@@ -256,10 +260,9 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
         limit = getattr(config, "max_position_embeddings", context)
         if context > limit:
             raise ConfigError(f"data.sequence_length {context} is more than the model's {limit}")
-        steps, start = _steps(settings, member, heir=parent is not None), 0
-        if parent:
-            taken = parent.branch if d.phase == "stable" and parent.branch else parent.steps
-            start = parent.start + taken * train.batch_size
+        steps = _steps(settings, member, heir=parent is not None)
+        data = member.data or settings.data.source
+        read = _read(parent, d.phase, train.batch_size) if parent else {}
         tokens = steps * train.batch_size * context
         parameters = count_parameters(config)
         taught = origin if d.taught else None
@@ -271,15 +274,23 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
             parameters=parameters,
             steps=steps,
             tokens=tokens,
-            start=start,
+            start=read.pop(data, 0),
             position=d.member / (len(roster) - 1) if len(roster) > 1 else 0.0,
             flops=flops_per_token(config, context) * tokens,
             memory_bytes=_memory(config, parameters, settings, taught),
             phase=d.phase,
             branch=_branch(settings, steps) if d.member in branching else None,
             teacher_flops=flops_per_token(taught, context) / 3 * tokens if taught else 0.0,
+            data=data,
+            before=tuple(read.items()),
         )
     return tuple(found.values())
+
+
+def _read(parent: MemberPlan, phase: Phase, batch_size: int) -> dict[str, int]:
+    """Return how many sequences of each text an heir's lineage has read when it is born."""
+    taken = parent.branch if phase == "stable" and parent.branch else parent.steps
+    return {parent.data: parent.start + taken * batch_size, **dict(parent.before)}
 
 
 def _steps(settings: Settings, member: Member, *, heir: bool) -> int:

@@ -9,6 +9,7 @@ Shapes come from a file, ``--members members.toml``:
     num_hidden_layers = 4
     hidden_size = 32
     tokens = 400_000
+    data = "texts/letters"
 
 or from its one-line form, in which a run keeps them:
 ``small:num_hidden_layers=4,hidden_size=32; large:...``.
@@ -45,6 +46,7 @@ class Member:
         num_key_value_heads: heads that queries share.
         head_dim: dimensions of a head.
         tokens: that it trains on, where it is not the run's to say.
+        data: the text that it trains on, where it is not the run's; written as ``--data`` is.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Member:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     tokens: int | None = None
+    data: str | None = None
 
     def __str__(self) -> str:
         """Return the one-line form."""
@@ -63,7 +66,7 @@ class Member:
 
     def shape(self) -> dict[str, int | None]:
         """Return the sizes by their configuration key."""
-        return {k: getattr(self, k) for k in FIGURES if k != "tokens"}
+        return {k: getattr(self, k) for k in FIGURES if k not in {"tokens", "data"}}
 
 
 FIGURES = tuple(f.name for f in fields(Member) if f.name != "name")
@@ -138,13 +141,26 @@ def _member(raw: Mapping[str, Any], name: str, where: str) -> Member:
                 f"{where} has no size {key!r}{did_you_mean(key, FIGURES)}. There are: "
                 f"{', '.join(FIGURES)}"
             )
-    sizes = {key: coerce(value, int, f"{where}: {key}") for key, value in raw.items()}
+    sizes = {
+        key: coerce(value, int, f"{where}: {key}") for key, value in raw.items() if key != "data"
+    }
+    data = _source(raw["data"], where) if "data" in raw else None
     if "num_hidden_layers" not in sizes:
         raise ConfigError(f"{where} needs num_hidden_layers")
     small = [f"{key} = {value}" for key, value in sizes.items() if value < 1]
     if small:
         raise ConfigError(f"{where}: {small[0]} must be at least 1")
-    return Member(name=name, **sizes)
+    return Member(name=name, **sizes, data=data)
+
+
+def _source(raw: Any, where: str) -> str:
+    """Return a source, which one line of all members must be able to hold."""
+    if not isinstance(raw, str) or not raw.strip() or {",", ";", "\n"} & {*raw}:
+        raise ConfigError(
+            f"{where}: data must be a path, hf:owner/name or a source with one setting at most, "
+            f"without comma or semicolon, not {raw!r}"
+        )
+    return raw.strip()
 
 
 def _checked(members: list[Member]) -> tuple[Member, ...]:

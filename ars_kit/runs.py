@@ -24,6 +24,7 @@ from ars_kit.outcome import FROZEN, best_of, record_best
 from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
+from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, differences, resolve, to_toml
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
@@ -79,15 +80,16 @@ def execute(
                 plan.disk_bytes_for([m for m in plan.members if not folder.holds(m.name)])
             )
         with accelerator.main_process_first():
-            corpus = open_corpus(plan.settings, host, cache, progress)
+            texts = open_texts(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
-            _freeze(folder, plan.settings, corpus)
+            _freeze(folder, plan.settings, texts)
             if not (folder.private / PLAN_RECORD).exists():
                 _keep(folder, PLAN_RECORD, plan.facts())
             if note is not None:
                 folder.write_text(CONTROL_RECORD, note)
         accelerator.wait_for_everyone()
-        family = Family(plan, host, folder, corpus, watcher, stop, accelerator)
+        corpus = texts[plan.settings.data.source]
+        family = Family(plan, host, folder, corpus, texts, watcher, stop, accelerator)
         metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
             return metrics, None
@@ -129,13 +131,41 @@ def open_corpus(
     settings: Settings, host: Host, cache: Path, progress: Progress | None = None
 ) -> Corpus:
     """Prepare the run's text, or find it in the cache."""
-    source = NamedSource(host, parse_source(settings.data.source, host))
     base = settings.family.base
     spec: TokenizerSpec = Pretrained(base) if base else TrainBPE(settings.family.vocab_size)
+    return _prepared(settings.data.source, spec, settings, host, cache, progress)
+
+
+def open_texts(
+    settings: Settings, host: Host, cache: Path, progress: Progress | None = None
+) -> dict[str, Corpus]:
+    """Prepare the run's text and those of its members, or find them in the cache.
+
+    Returns:
+        By source as it was written; the run's first, whose tokenizer serves them all.
+    """
+    base, main = settings.family.base, settings.data.source
+    found = {main: open_corpus(settings, host, cache, progress)}
+    ours = Pretrained(str(found[main].tokenizer_dir), ours=True)
+    spec = Pretrained(base) if base else ours
+    for text in (member.data for member in parse_roster(settings.family.members)):
+        if text is not None and text not in found:
+            found[text] = _prepared(text, spec, settings, host, cache, progress)
+    return found
+
+
+def _prepared(
+    source: str,
+    tokenizer: TokenizerSpec,
+    settings: Settings,
+    host: Host,
+    cache: Path,
+    progress: Progress | None,
+) -> Corpus:
     train, heldout = require_batch(settings)
     return prepare(
-        source,
-        tokenizer=spec,
+        NamedSource(host, parse_source(source, host)),
+        tokenizer=tokenizer,
         cache=cache,
         heldout_fraction=settings.data.heldout_fraction,
         need_train=train,
@@ -208,10 +238,13 @@ def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
         )
 
 
-def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
-    """Write what must not change over the run; refuse if the text did."""
+def _freeze(folder: RunFolder, settings: Settings, texts: Mapping[str, Corpus]) -> None:
+    """Write what must not change over the run; refuse if a text did."""
     record = folder.private / DATA_RECORD
-    now = {"data": corpus.facts.data_hash, "tokenizer": corpus.facts.tokenizer_hash}
+    facts = texts[settings.data.source].facts
+    now: dict[str, Any] = {"data": facts.data_hash, "tokenizer": facts.tokenizer_hash}
+    others = {s: c.facts.data_hash for s, c in texts.items() if s != settings.data.source}
+    now |= {"others": others} if others else {}
     if not folder.holds_work():
         folder.start_anew()
     try:
@@ -219,8 +252,11 @@ def _freeze(folder: RunFolder, settings: Settings, corpus: Corpus) -> None:
     except ValueError as error:
         raise IntegrityError(f"{record} is damaged: {error}; start anew with --restart") from error
     if before != now:
+        known, main = before.get("others", {}), settings.data.source
+        moved = next((s for s in others if others[s] != known.get(s)), main)
+        name = moved if before.get("data") == now["data"] else main
         raise ConfigError(
-            f"the text of {settings.data.source!r} has changed since this run began in "
+            f"the text of {name!r} has changed since this run began in "
             f"{folder.path}; put it back, or start anew with --restart"
         )
     _keep(folder, DATA_RECORD, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,15 @@ class TrainBPE:
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """The tokenizer of a pretrained base, a directory or a hub id."""
+    """A tokenizer that is there: that of a pretrained base, or of a family's other text.
+
+    Attributes:
+        name: a directory or a hub id.
+        ours: trained by :class:`TrainBPE`, so that text which spells its separator is text.
+    """
 
     name: str
+    ours: bool = False
 
 
 TokenizerSpec = TrainBPE | Pretrained
@@ -68,7 +74,8 @@ def identify(spec: TokenizerSpec) -> dict[str, Any]:
         return asdict(spec)
     fast = load_pretrained(spec.name)
     held = hashlib.sha256(fast.backend_tokenizer.to_str().encode())
-    return {"pretrained": held.hexdigest(), "end": fast.eos_token_id}
+    found = {"pretrained": held.hexdigest(), "end": fast.eos_token_id}
+    return {**found, "ours": True} if spec.ours else found
 
 
 def make_tokenizer(spec: TokenizerSpec, texts: Iterator[str], directory: Path) -> MadeTokenizer:
@@ -84,7 +91,7 @@ def make_tokenizer(spec: TokenizerSpec, texts: Iterator[str], directory: Path) -
     core = load_fast(directory)
     # A tokenizer of ours has one special token, the separator: text that happens to spell it is
     # text. In a pretrained one's text such markers (of a chat) mean what the base has learned.
-    core.encode_special_tokens = isinstance(spec, TrainBPE)
+    core.encode_special_tokens = isinstance(spec, TrainBPE) or spec.ours
     size = max(core.get_vocab(with_added_tokens=True).values()) + 1
     return MadeTokenizer(directory, size, int(fast.eos_token_id), tokenizer_hash(directory), core)
 
@@ -258,16 +265,41 @@ class Batches:
                 f"train.batch_size {self.batch_size} cannot be split into {micro_batches} equal "
                 f"micro-batches on each of {self.world_size} processes"
             )
-        first = self.start + step * self.batch_size + (self.rank * micro_batches + micro) * size
-        rows = [self._sequence(first + i) for i in range(size)]
+        first = step * self.batch_size + (self.rank * micro_batches + micro) * size
+        rows = [self.sequence(first + i) for i in range(size)]
         return np.stack(rows).astype(np.int64)
 
-    def _sequence(self, index: int) -> TokenStream:
+    def sequence(self, number: int) -> TokenStream:
+        """Return a sequence of ``sequence_length + 1`` tokens, counted from step 0."""
+        index = self.start + number
         epoch, place = divmod(index, self.windows)
         window = permuted(place, self.windows, key=(self.seed << 20) ^ epoch)
         offset = _mix(epoch, self.seed) % self.length if epoch else 0
         begin = offset + window * self.length
         return self.stream[begin : begin + self.length + 1]
+
+
+class Replayed(Batches):
+    """Batches of which an even share is read again from texts that the lineage has left.
+
+    Args:
+        own: what would be read without them; it is read without a gap.
+        old: batches of each such text from its beginning, and how many sequences of it were read.
+            They take turns, and none gives a sequence that was not read before.
+        share: of all sequences, in [0, 1).
+    """
+
+    def __init__(self, own: Batches, old: Sequence[tuple[Batches, int]], share: float) -> None:
+        self.__dict__ |= own.__dict__
+        self.own, self.old, self.share = own, old, share
+
+    def sequence(self, number: int) -> TokenStream:
+        """Return a sequence, counted from step 0; an old one wherever the share is due."""
+        before, after = int(number * self.share), int((number + 1) * self.share)
+        if before == after:
+            return self.own.sequence(number - before)
+        text, read = self.old[before % len(self.old)]
+        return text.sequence(before // len(self.old) % read)
 
 
 def permuted(place: int, size: int, *, key: int) -> int:

@@ -351,6 +351,7 @@ ALL: dict[str, tuple[Any, str]] = {
     "warms up backwards": (saying(rewarm_steps=-1), "rewarm_steps must be .*, it is -1"),
     "starts too high": (saying(start_lr=2.0), r"start_lr must be in \[0, 1\]; .*, it is 2.0"),
     "decays backwards": (saying(decay_fraction=-0.1), "decay_fraction must be .*, it is -0.1"),
+    "replays all": (saying(replay=1.0), r"replay must be in \[0, 1\); .*, it is 1.0"),
     "keeps half": (saying(opt_state="half"), "opt_state must be derive or reset"),
     "writes a novel": (saying(note="a\nb"), "note must be one line of text"),
     "hints at nothing": (saying(hints={"nowhere": Hint()}), "it has no 'nowhere'"),

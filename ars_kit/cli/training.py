@@ -48,7 +48,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import COLUMNS, markdown_table, row_of
     from ars_kit.reporting import write_report
-    from ars_kit.runs import check_folder, execute, open_corpus
+    from ars_kit.runs import check_folder, execute, open_texts
 
     host, console = make_host(), make_console(stderr=True)
     settings = settings_of_run(out, options) if resume else settings_from(options)
@@ -61,7 +61,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         tell_of(host)
         check_folder(out, settings, restart=restart)
         # Text that cannot be had is said before anything is timed or trained.
-        open_corpus(settings, host, cache_folder(), display.preparing)
+        open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
         _print_plan(plan, out, console, plan_controls(plan, host))
     with display.showing():

@@ -189,6 +189,7 @@ def check_terms(newborn: Newborn) -> None:
             seed.decay_fraction is None or share(seed.decay_fraction),
             "None or in [0, 1]",
         ),
+        "replay": (share(seed.replay) and seed.replay < 1, "in [0, 1)"),
         "note": (isinstance(note, str) and "\n" not in note, "one line of text"),
     }
     for name, (held, span) in checks.items():

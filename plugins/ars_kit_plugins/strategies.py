@@ -8,6 +8,7 @@ from ars_kit_plugins.distillation import Distill
 from ars_kit_plugins.duplication import Duplicate, Stack
 from ars_kit_plugins.lineages import Jump, Progressive, Scratch, Trunk
 from ars_kit_plugins.pruning import Prune
+from ars_kit_plugins.replay import Replay
 from ars_kit_plugins.soups import Soup
 
 
@@ -23,6 +24,7 @@ def arskit_strategies() -> list[Offer[InheritanceStrategy]]:
         Offer("duplicate", "deeper by copies of neighbouring blocks", Duplicate),
         Offer("distill", "continues its predecessor and learns from its logits", Distill),
         Offer("ewc", "continues its predecessor and is held near it (EWC)", Ewc),
+        Offer("replay", "continues its predecessor, and reads on in the texts it left", Replay),
         Offer("soup", "a chain, and at its end the average of the last of one shape", Soup),
         Offer("prune", "the largest first, each smaller one cut out and taught", Prune),
     ]

@@ -1,0 +1,248 @@
+"""Members with texts of their own, and a share of what their ancestors read, read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from ars_kit.births import _windows
+from ars_kit.cli import cli
+from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.host import Host
+from ars_kit.plan import plan_run
+from ars_kit.roster import parse_roster, read_roster
+from ars_kit.runs import open_texts
+from ars_kit.settings import resolve
+from ars_kit.store import RunFolder
+from ars_kit.tokens import Batches, Replayed
+
+LENGTH = 4
+
+
+def batches(first: int, *, rank: int = 0, world: int = 1, start: int = 0) -> Batches:
+    """Read tokens from ``first`` on, so that a token tells its text."""
+    stream = np.arange(first, first + 400, dtype=np.uint16)
+    return Batches(
+        stream, sequence_length=LENGTH, batch_size=8, seed=0, rank=rank, world_size=world,
+        start=start,
+    )  # fmt: skip
+
+
+def replayed(share: float, *, rank: int = 0, world: int = 1) -> Replayed:
+    own = batches(0, rank=rank, world=world, start=5)
+    old = [(batches(n, rank=rank, world=world), read) for n, read in ((1000, 3), (2000, 50))]
+    return Replayed(own, old, share)
+
+
+# --- Batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.125, 0.3, 0.5])
+def test_the_share_is_even_and_one_s_own_text_is_read_without_a_gap(share: float) -> None:
+    mixed = replayed(share)
+    rows = np.concatenate([mixed.batch(step) for step in range(5)])
+    old = rows[:, 0] >= 1000
+    assert old.sum() == int(40 * share)
+    counts = np.add.reduceat(old, range(0, 40, 8))
+    assert counts.max() - counts.min() <= 1
+    expected = np.concatenate([batches(0, start=5).batch(step) for step in range(5)])
+    assert np.array_equal(rows[~old], expected[: (~old).sum()])
+
+
+def test_old_texts_take_turns_and_give_nothing_that_was_not_read() -> None:
+    mixed = replayed(0.5)
+    rows = np.concatenate([mixed.batch(step) for step in range(5)])
+    old = rows[rows[:, 0] >= 1000]
+    assert [row[0] // 1000 for row in old[:4]] == [1, 2, 1, 2]
+    first = np.concatenate([batches(1000).batch(0)])[:3]
+    read = {tuple(row) for row in first}
+    assert {tuple(row) for row in old if row[0] < 2000} == read
+
+
+def test_processes_and_micro_batches_share_a_mixed_step() -> None:
+    whole = replayed(0.3).batch(3)
+    parts = [
+        replayed(0.3, rank=rank, world=2).batch(3, micro, 2) for rank in (0, 1) for micro in (0, 1)
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+# --- The plan ----------------------------------------------------------------------------------
+
+LINE = (
+    "a:num_hidden_layers=1,hidden_size=8; b:num_hidden_layers=2,hidden_size=8,data=other; "
+    "c:num_hidden_layers=2,hidden_size=8"
+)
+SIZES = {"data.sequence_length": "32", "train.batch_size": "4", "train.iterations": "2,1"}
+
+
+def test_a_text_is_gone_on_with_where_the_lineage_stopped_in_it() -> None:
+    settings = resolve({"family.members": LINE, "data.source": "main", **SIZES}, {})
+    a, b, c = plan_run(settings, Host.installed()).members
+    assert [(m.data, m.start, m.before) for m in (a, b, c)] == [
+        ("main", 0, ()),
+        ("other", 0, (("main", 6 * 4),)),
+        ("main", 6 * 4, (("other", 3 * 4),)),
+    ]
+    trunk = resolve(
+        {"family.members": LINE, "data.source": "main", "family.strategy": "trunk", **SIZES}, {}
+    )
+    a, b, _ = plan_run(trunk, Host.installed()).members
+    assert a.branch is not None
+    assert b.before == (("main", a.branch * 4),)
+
+
+def test_what_is_measured_at_birth_is_measured_on_what_the_parent_read() -> None:
+    settings = resolve({"family.members": LINE, "data.source": "main", **SIZES}, {})
+    plan = plan_run(settings, Host.installed())
+    texts = {
+        name: SimpleNamespace(train=np.arange(first, first + 2000))
+        for name, first in (("main", 0), ("other", 10_000))
+    }
+    cradle: Any = SimpleNamespace(plan=plan, texts=texts)
+    seen = [int(_windows(cradle, member, 2).min()) for member in plan.members]
+    assert [n >= 10_000 for n in seen] == [False, False, True]
+
+
+def test_a_text_stands_in_the_one_line_form(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.toml"
+    path.write_text('[[member]]\nname = "a"\nnum_hidden_layers = 2\ndata = "hf:owner/name"\n')
+    line = read_roster(path)
+    (member,) = parse_roster(line)
+    assert member.data == "hf:owner/name"
+    assert str(member) == line
+    assert "data" not in member.shape()
+
+
+@pytest.mark.parametrize("data", ['"a,b"', '"a;b"', '""', "3"])
+def test_a_text_that_one_line_cannot_hold_is_refused(tmp_path: Path, data: str) -> None:
+    path = tmp_path / "shapes.toml"
+    path.write_text(f'[[member]]\nname = "a"\nnum_hidden_layers = 2\ndata = {data}\n')
+    with pytest.raises(ConfigError, match="member 'a': data must be a path") as caught:
+        read_roster(path)
+    assert "\n" not in str(caught.value)
+
+
+# --- Runs --------------------------------------------------------------------------------------
+
+SHAPES = """
+[[member]]
+name = "first"
+num_hidden_layers = 2
+[[member]]
+name = "second"
+num_hidden_layers = 3
+data = "{other}"
+"""
+Run = Callable[..., tuple[Path, dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text that is unlike the family's."""
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(30):
+        text = "\n".join(f"{i * j % 97} <|endoftext|> ZYX {j:05}" for j in range(120))
+        (folder / f"{i:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, text_folder: Path, other: Path, cache: Path
+) -> Run:
+    home = tmp_path_factory.mktemp("replay")
+    (home / "shapes.toml").write_text(SHAPES.format(other=other))
+
+    def call(strategy: str, out: str = "") -> tuple[Path, dict[str, dict[str, Any]]]:
+        folder = home / (out or strategy.partition(":")[0])
+        command = [
+            "run", "--members", str(home / "shapes.toml"), "--strategy", strategy,
+            "--iterations", "20,20", "--data", str(text_folder), "--sequence-length", "32",
+            "--batch-size", "4", "--set", "family.vocab_size=300", "--set", "family.aspect=6",
+            "--set", "run.save_every=20", "--out", str(folder),
+        ]  # fmt: skip
+        done = CliRunner().invoke(cli, command, env={"ARSKIT_CACHE": str(cache)})
+        if done.exception is not None:
+            raise done.exception
+        names = ("first", "second")
+        return folder, {n: json.loads((folder / n / "metrics.json").read_text()) for n in names}
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def runs(run: Run) -> dict[str, tuple[Path, dict[str, dict[str, Any]]]]:
+    return {name: run(name) for name in ("progressive", "replay:share=0.5")}
+
+
+def test_each_member_reads_its_text_and_all_are_judged_on_the_run_s(
+    runs: Any, text_folder: Path, other: Path
+) -> None:
+    _, members = runs["progressive"]
+    first, second = members["first"], members["second"]
+    assert (first["data"], second["data"]) == (str(text_folder), str(other))
+    assert first["data_hash"] != second["data_hash"]
+    assert first["tokenizer_hash"] == second["tokenizer_hash"]
+    assert "own_heldout_loss" not in first
+    # It left the family's text behind, and learned its own.
+    assert second["heldout_loss"] > first["heldout_loss"]
+    assert second["own_heldout_loss"] < second["heldout_loss"]
+
+
+def test_text_that_spells_the_separator_is_text_in_every_text(
+    runs: Any, cache: Path, text_folder: Path, other: Path
+) -> None:
+    settings = resolve({}, {}, runs["progressive"][0] / "run.toml")
+    texts = open_texts(settings, Host.installed(), cache)
+    assert list(texts) == [str(text_folder), str(other)]
+    for corpus in texts.values():
+        ends = int((corpus.train == 0).sum() + (corpus.heldout == 0).sum())
+        assert 0 < ends <= 2 * corpus.facts.documents  # twice where documents are divided
+
+
+def test_replay_keeps_what_a_shift_would_lose(runs: Any) -> None:
+    _, plain = runs["progressive"]
+    _, again = runs["replay:share=0.5"]
+    assert plain["first"]["heldout_loss"] == again["first"]["heldout_loss"]
+    assert again["second"]["heldout_loss"] < plain["second"]["heldout_loss"] - 0.1
+    assert [m["birth"].get("replay", 0.0) for m in again.values()] == [0.0, 0.5]
+    assert plain["second"]["birth"]["replay"] == 0.0
+    assert again["second"]["flops"] == plain["second"]["flops"]
+
+
+def test_a_replay_that_was_cut_off_goes_on_exactly(
+    run: Run, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = RunFolder.save_state, []
+
+    def failing(self: RunFolder, member: str, *args: Any, **rest: Any) -> None:
+        save(self, member, *args, **rest)
+        saved.append(member)
+        if saved.count("second") == 1 and member == "second":
+            raise ZeroDivisionError("power cut")
+
+    monkeypatch.setattr(RunFolder, "save_state", failing)
+    with pytest.raises(ZeroDivisionError):
+        run("replay:share=0.5", "cut")
+    folder, _ = run("replay:share=0.5", "cut")
+    whole, _ = runs["replay:share=0.5"]
+    one, two = (load_file(f / "second" / "model.safetensors") for f in (whole, folder))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_a_member_s_text_that_changed_is_named(run: Run, runs: Any, other: Path) -> None:
+    (other / "new.txt").write_text("More of the same, and then some.\n" * 40)
+    with pytest.raises(ArsKitError, match="has changed since this run began") as caught:
+        run("progressive")
+    assert str(other) in str(caught.value)
+    (other / "new.txt").unlink()
