@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ import numpy as np
 
 from ars_kit.durable import disk_errors
 from ars_kit.errors import ConfigError, DataError
-from ars_kit.spec import DataSource
-from ars_kit.spool import PARTS, Part, Progress, Split, Spool
+from ars_kit.passages import Passages, PassageWriter
+from ars_kit.spec import DataSource, Passage
+from ars_kit.spool import FEW_DOCUMENTS, PARTS, Part, Progress, Split, Spool
 from ars_kit.tokens import (
     TokenizerSpec,
     TokenStream,
@@ -34,7 +35,7 @@ from ars_kit.tokens import (
     write_tokens,
 )
 
-FORMAT = 2
+FORMAT = 3
 TOKENIZER_BYTES = 64 << 20
 """Training text that a tokenizer learns from; more is sampled evenly down to this."""
 ABANDONED = 24 * 3600.0
@@ -68,12 +69,14 @@ class Corpus:
         heldout: likewise, from text that neither the model nor the tokenizer trains on.
         tokenizer_dir: a tokenizer that transformers' AutoTokenizer loads.
         facts: what is known of it.
+        passages: where the held-out documents begin and end.
     """
 
     facts: CorpusFacts
     train: TokenStream
     heldout: TokenStream
     tokenizer_dir: Path
+    passages: Sequence[Passage]
 
     @property
     def heldout_bytes_per_token(self) -> float:
@@ -180,6 +183,8 @@ def _fill(
     tell("training the tokenizer", len(spool.lengths))
     made = make_tokenizer(tokenizer, spool.sample(TOKENIZER_BYTES), temp / "tokenizer")
     dtype = np.dtype("uint16" if made.size <= 1 << 16 else "uint32")
+    sizes = {part: [stop - start for start, stop in spool.ranges(part)] for part in PARTS}
+    index = PassageWriter.of(sizes["heldout"], FEW_DOCUMENTS)
     tokens = {
         part: write_tokens(
             spool.pieces(part),
@@ -187,10 +192,11 @@ def _fill(
             temp / f"{part}.bin",
             dtype,
             lambda count: tell("tokenizing", count),
+            index if part == "heldout" else None,
         )
         for part in PARTS
     }
-    sizes = {part: [stop - start for start, stop in spool.ranges(part)] for part in PARTS}
+    index.save(temp, spool.origins("heldout"))
     return CorpusFacts(
         data_hash=spool.data_hash,
         tokenizer_hash=made.hash,
@@ -241,6 +247,7 @@ def _complete(folder: Path) -> bool:
         sizes = {"train": facts.train_tokens * item, "heldout": facts.heldout_tokens * item}
         return (
             all((folder / f"{p}.bin").stat().st_size == size for p, size in sizes.items())
+            and Passages(folder).tokens == facts.heldout_tokens
             and tokenizer_hash(folder / "tokenizer") == facts.tokenizer_hash
         )
     except (OSError, ValueError, TypeError):
@@ -257,4 +264,4 @@ def _open(folder: Path) -> Corpus:
 
     train = stream("train", facts.train_tokens)
     heldout = stream("heldout", facts.heldout_tokens)
-    return Corpus(facts, train, heldout, folder / "tokenizer")
+    return Corpus(facts, train, heldout, folder / "tokenizer", Passages(folder))

@@ -17,14 +17,14 @@ from ars_kit.errors import PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
-from ars_kit.judge import PERPLEXITY, judge
+from ars_kit.judge import PERPLEXITY, judge, write_files
 from ars_kit.ledger import counting
 from ars_kit.models import build, flops_per_token, parameter_groups, save_member
 from ars_kit.optim import build_optimizer
 from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
-from ars_kit.spec import Finishing
+from ars_kit.spec import Assessment, Finishing
 from ars_kit.store import HISTORY, RunFolder
 from ars_kit.teaching import Teaching, hinted
 from ars_kit.tokens import Batches, Replayed
@@ -172,7 +172,8 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     if accelerator.is_main_process:
         quality = _judged(family, member, model)
         metrics = member_metrics(cradle, member, job, born, quality)
-        _commit(family, cradle.relative(member), model, metrics, _records(family, member.name))
+        records = _records(family, member.name)
+        _commit(family, cradle.relative(member), model, metrics, records, quality)
     accelerator.wait_for_everyone()
     return read_metrics(family.folder, member.name)
 
@@ -196,15 +197,19 @@ def _batches(family: Family, member: MemberPlan, replay: float) -> Batches:
     return Replayed(own, old, replay) if old and replay else own
 
 
-def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> dict[str, float | None]:
+def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Assessment:
     """Judge a member on the run's text, and on its own where that is another."""
     host, settings = family.host, family.plan.settings
-    figures = judge(host, settings, member.name, model, family.corpus)
+    found = judge(host, settings, member.name, model, family.corpus)
     own = family.texts[member.data]
     if own is family.corpus:
-        return figures
+        return found
     more = judge(host, settings, member.name, model, own, choices=[PERPLEXITY])
-    return {**figures, **{f"own_{name}": value for name, value in more.items()}}
+    return Assessment(
+        {**found.figures, **{f"own_{name}": value for name, value in more.figures.items()}},
+        {**found.files, **{f"own-{name}": text for name, text in more.files.items()}},
+        {**found.notes, **{f"own_{name}": note for name, note in more.notes.items()}},
+    )
 
 
 def _teaching(family: Family, strategy: str, born: Newborn, *, taught: bool) -> Teaching:
@@ -246,7 +251,7 @@ def blend(family: Family) -> list[dict[str, Any]]:
             settings = family.plan.settings
             quality = judge(family.host, settings, made.name, model, family.corpus)
             metrics = blend_metrics(cradle, made, account.flops, quality)
-            _commit(family, made.sources[-1], model, metrics, {HISTORY: b""})
+            _commit(family, made.sources[-1], model, metrics, {HISTORY: b""}, quality)
         family.accelerator.wait_for_everyone()
         found.append(read_metrics(folder, made.name))
         if family.accelerator.is_main_process:
@@ -266,6 +271,7 @@ def _commit(
     model: PreTrainedModel,
     metrics: Mapping[str, Any],
     records: Mapping[str, bytes],
+    quality: Assessment,
 ) -> None:
     def files(folder: Path) -> None:
         save_member(model, family.corpus.tokenizer_dir, folder)
@@ -273,6 +279,7 @@ def _commit(
         (folder / FROZEN).write_text(config_text(family.plan.settings), "utf-8")
         for record, content in records.items():
             (folder / record).write_bytes(content)
+        write_files(quality, folder)
         (folder / "README.md").write_text(model_card(metrics, model.config), "utf-8")
 
     family.folder.commit_member(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from ars_kit.births import Cradle, Newborn
     from ars_kit.plan import MemberPlan
     from ars_kit.settings import Settings
-    from ars_kit.spec import Blend
+    from ars_kit.spec import Assessment, Blend
     from ars_kit.train import Trainee
 
 
@@ -35,7 +34,7 @@ def member_metrics(
     member: MemberPlan,
     job: Trainee,
     born: Newborn,
-    quality: Mapping[str, float | None],
+    quality: Assessment,
 ) -> dict[str, Any]:
     """Return the figures of a member that was trained."""
     settings, meter = cradle.plan.settings, job.meter
@@ -82,13 +81,13 @@ def member_metrics(
         "device": device_name(job.accelerator.device),
         "processes": job.accelerator.num_processes,
     }
-    clash = quality.keys() & (head.keys() | rest.keys())
+    clash = quality.figures.keys() & (head.keys() | rest.keys() | {"notes"})
     if clash:
         raise PluginError(
             f"an evaluator returned {', '.join(sorted(clash))}, which the run measures itself; the "
             "member is trained and kept as a training state: run again without it"
         )
-    return {**head, **quality, **rest}
+    return {**head, **quality.figures, "notes": dict(quality.notes), **rest}
 
 
 def _curve(cradle: Cradle, member: MemberPlan, job: Trainee) -> dict[str, Any] | None:
@@ -112,9 +111,7 @@ def _flops(member: MemberPlan, job: Trainee) -> float:
     return member.flops * job.meter.tokens / member.tokens if undone else member.flops
 
 
-def blend_metrics(
-    cradle: Cradle, made: Blend, flops: float, quality: Mapping[str, float | None]
-) -> dict[str, Any]:
+def blend_metrics(cradle: Cradle, made: Blend, flops: float, quality: Assessment) -> dict[str, Any]:
     """Return the figures of a member that was made of others, without training.
 
     Args:
@@ -134,7 +131,8 @@ def blend_metrics(
         "ars_damping_avg": None,
         "vram_usage_peak": None,
         "timestamp": _now(),
-        **quality,
+        **quality.figures,
+        "notes": dict(quality.notes),
         "convergence_steps": None,
         "steps": 0,
         "tokens": 0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
@@ -12,7 +14,7 @@ from ars_kit.data import Corpus
 from ars_kit.host import Host
 from ars_kit.schema import Choice
 from ars_kit.settings import Settings
-from ars_kit.spec import Evaluand, Evaluator
+from ars_kit.spec import Assessment, Evaluand, Evaluator
 from ars_kit.tokens import heldout_windows
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 PERPLEXITY = Choice("perplexity")
 """The one judge that every member has: the held-out loss chooses the best."""
+QUALITY = "quality"
+"""The folder in a member's directory for the files that evaluators leave."""
+_FILE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def judges_of(settings: Settings) -> tuple[Choice, ...]:
@@ -37,7 +42,7 @@ def judge(
     corpus: Corpus,
     *,
     choices: Sequence[Choice] | None = None,
-) -> dict[str, float | None]:
+) -> Assessment:
     """Ask evaluators about a model, in eval mode from here on.
 
     Args:
@@ -48,11 +53,14 @@ def judge(
         corpus: whose held-out side it is judged on.
         choices: the evaluators; the run's if left out.
 
+    Returns:
+        What they found, taken together.
+
     Raises:
         PluginError: an evaluator raised, or returned something else than figures by name.
     """
     model.eval()
-    found: dict[str, float | None] = {}
+    found = Assessment({})
     for choice in judges_of(settings) if choices is None else choices:
         evaluator: Evaluator = host.make("evaluators", choice)
         evaluand = Evaluand(
@@ -65,18 +73,51 @@ def judge(
             context=settings.data.sequence_length,
             bytes_per_token=corpus.heldout_bytes_per_token,
             batch_size=settings.train.batch_size // settings.train.accumulation,
+            stream=corpus.heldout,
+            passages=corpus.passages,
         )
         with host.blaming("evaluators", choice.name, f"judging {name}"):
-            found |= _figures(evaluator(evaluand), known=found)
+            found = _joined(found, checked(evaluator(evaluand)))
     return found
 
 
-def _figures(answer: object, known: dict[str, float | None]) -> dict[str, float | None]:
+def write_files(found: Assessment, folder: Path) -> None:
+    """Write an assessment's files into a member's directory."""
+    for name, text in found.files.items():
+        (folder / QUALITY).mkdir(exist_ok=True)
+        (folder / QUALITY / name).write_text(text, encoding="utf-8")
+
+
+def checked(answer: object) -> Assessment:
     """Check what an evaluator returned; a figure that is not finite was not measured."""
-    figures = dict(answer)  # type: ignore[call-overload]  # whatever a stranger returned
+    if not isinstance(answer, Assessment):
+        answer = Assessment(dict(answer))  # type: ignore[call-overload]  # whatever a stranger returned
+    figures: dict[Any, Any] = dict(answer.figures)
+    files: dict[Any, Any] = dict(answer.files)
+    notes: dict[Any, Any] = dict(answer.notes)
     for name, value in figures.items():
         if not isinstance(name, str) or not isinstance(value, int | float | None):
             raise TypeError(f"{name!r}: {value!r} is no figure by name")
-        if name in known:
-            raise ValueError(f"{name!r} was measured by an earlier evaluator")
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
+    for name, text in files.items():
+        if not isinstance(text, str) or not _FILE.fullmatch(str(name)):
+            raise TypeError(f"{name!r} is no text by file name")
+    for name, note in notes.items():
+        if not isinstance(name, str) or not isinstance(note, str):
+            raise TypeError(f"{name!r}: {note!r} is no note by name")
+    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
+    return Assessment(finite, files, notes)
+
+
+def _joined(found: Assessment, more: Assessment) -> Assessment:
+    both = [
+        *(found.figures.keys() & more.figures.keys()),
+        *(found.files.keys() & more.files.keys()),
+        *(found.notes.keys() & more.notes.keys()),
+    ]
+    if both:
+        raise ValueError(f"{both[0]!r} was measured by an earlier evaluator")
+    return Assessment(
+        {**found.figures, **more.figures},
+        {**found.files, **more.files},
+        {**found.notes, **more.notes},
+    )

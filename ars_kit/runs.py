@@ -203,8 +203,8 @@ def evaluate(
         model = load_member(path).to(pick_device(settings.train.device))  # type: ignore[arg-type]
         label = path.name if name == "best" else name
         chosen = settings.run.evaluators if "run.evaluators" in overrides else None
-        figures = judge(host, settings, label, model, corpus, choices=chosen)
-        found.append({"model_id": label, **figures})
+        quality = judge(host, settings, label, model, corpus, choices=chosen)
+        found.append({"model_id": label, **quality.figures})
     return found
 
 

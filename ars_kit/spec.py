@@ -13,7 +13,7 @@ those about serving in :mod:`ars_kit.deployment`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "API_VERSION",
     "PROJECT",
+    "Assessment",
     "Birth",
     "Blend",
     "Block",
@@ -72,6 +73,7 @@ __all__ = [
     "OnStep",
     "Ordering",
     "Parent",
+    "Passage",
     "Phase",
     "Picks",
     "Preserves",
@@ -236,6 +238,32 @@ class DataSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """A held-out document, or a part of one where there are few documents.
+
+    Passages are what an interval is drawn from. Those of one document follow each other without a
+    gap; a text read in parts still is one document.
+
+    Attributes:
+        document: counts the held-out documents from 0.
+        origin: of the document, as :class:`Document` has it.
+        start: where its tokens begin in the stream.
+        stop: where they end; the last passage of a document ends with an end-of-text token.
+        bytes: of its text in UTF-8.
+    """
+
+    document: int
+    origin: str
+    start: int
+    stop: int
+    bytes: int
+
+
+def _tell_nobody(share: float) -> None:
+    """Take a share of the work done, and do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluand:
     """A trained member under judgement.
 
@@ -244,10 +272,14 @@ class Evaluand:
         model: in eval mode, on its device.
         tokenizer: the family's.
         heldout: held-out token windows, each a 1-d int64 array of at most ``context`` + 1 tokens
-            (inputs and shifted targets overlap by all but one).
+            (inputs and shifted targets overlap by all but one). Together they are the first tokens
+            of the stream, as many as the run judges (``data.heldout_tokens``).
         context: tokens of context the member was trained with.
         bytes_per_token: of the held-out text, to compare across tokenizers.
         batch_size: windows that fit the device at once.
+        stream: all held-out tokens, a 1-d array of uint16 or uint32; documents in order.
+        passages: where documents begin and end in it.
+        progress: call with the share of the work done, 0 to 1, as often as you like.
     """
 
     name: str
@@ -257,12 +289,30 @@ class Evaluand:
     context: int
     bytes_per_token: float
     batch_size: int
+    stream: Any
+    passages: Sequence[Passage]
+    progress: Callable[[float], None] = _tell_nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What an evaluator found, where that is more than figures.
+
+    Attributes:
+        figures: by name, for ``metrics.json``; None for what could not be measured.
+        files: text by file name, kept in the member's directory under ``quality/``.
+        notes: by name, how something was measured, for ``notes`` in ``metrics.json``.
+    """
+
+    figures: Mapping[str, float | None]
+    files: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
     """Measures a member's quality."""
 
-    def __call__(self, member: Evaluand) -> Mapping[str, float | None]:
+    def __call__(self, member: Evaluand) -> Mapping[str, float | None] | Assessment:
         """Return figures by name, JSON-ready; None for what could not be measured."""
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("w+b")
+        self._beside = path.with_name(f"{path.name}.origins")
+        self._origins: IO[str] = self._beside.open("w+", encoding="utf-8")
         self.lengths = array("q")
         self.marks = array("Q")  # the first 8 bytes of each digest: decides the side
         self.duplicates = 0
@@ -53,25 +56,27 @@ class Spool:
         whole = hashlib.sha256()
         begin = 0
         digest = hashlib.blake2b(digest_size=16)
-        blank = True
+        blank, origin = True, ""
         for n, document in enumerate(source.documents()):
             if not document.continues:
-                begin = self._end(begin, digest.digest(), blank, whole)
+                begin = self._end(begin, digest.digest(), blank, whole, origin)
                 digest = hashlib.blake2b(digest_size=16)
-                blank = True
+                blank, origin = True, document.origin
             raw = document.text.encode("utf-8", "replace")
             digest.update(raw)
             blank = blank and not document.text.strip()
             self._file.write(raw)
             if n % 256 == 0:
                 tell("reading documents", n)
-        self._end(begin, digest.digest(), blank, whole)
+        self._end(begin, digest.digest(), blank, whole, origin)
         if not self.lengths:
             raise DataError("the data source holds no text")
         self._seen.clear()
         self.data_hash = whole.hexdigest()
 
-    def _end(self, begin: int, digest: bytes, blank: bool, whole: hashlib._Hash) -> int:
+    def _end(
+        self, begin: int, digest: bytes, blank: bool, whole: hashlib._Hash, origin: str
+    ) -> int:
         """Keep the document that begins at ``begin``, or take it back; returns where it ends."""
         end = self._file.tell()
         if blank or digest in self._seen:
@@ -83,6 +88,7 @@ class Spool:
         whole.update(digest)
         self.lengths.append(end - begin)
         self.marks.append(int.from_bytes(digest[:8], "big"))
+        self._origins.write(json.dumps(origin) + "\n")
         return end
 
     def divide(self, fraction: float) -> None:
@@ -101,12 +107,24 @@ class Spool:
 
     def ranges(self, part: Part) -> Iterator[tuple[int, int]]:
         """Yield where one side's texts begin and end in the spool, in order."""
+        for _, start, stop in self._ranges(part):
+            yield start, stop
+
+    def origins(self, part: Part) -> Iterator[str]:
+        """Yield where each of one side's texts comes from, in order."""
+        self._origins.seek(0)
+        lines = enumerate(self._origins)
+        for number, _, _ in self._ranges(part):
+            yield json.loads(next(line for n, line in lines if n == number))
+
+    def _ranges(self, part: Part) -> Iterator[tuple[int, int, int]]:
+        """Yield each text's number among all documents, its begin and its end."""
         start = 0
-        for length, mark in zip(self.lengths, self.marks, strict=True):
+        for number, (length, mark) in enumerate(zip(self.lengths, self.marks, strict=True)):
             stop = start + length
             if self.split == "documents" or length < self._shortest:
                 if self._is_held(mark) == (part == "heldout"):
-                    yield start, stop
+                    yield number, start, stop
             else:
                 cut = stop - round(length * self._fraction)
                 gap = max(4, round(length * SPAN_GAP))  # a character has up to 4 bytes
@@ -115,7 +133,7 @@ class Spool:
                 else:
                     span = start, self._whole_character(max(start, cut - gap))
                 if span[0] < span[1]:
-                    yield span
+                    yield number, *span
             start = stop
 
     def _whole_character(self, at: int) -> int:
@@ -150,8 +168,10 @@ class Spool:
             passed += size
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the files."""
         self._file.close()
+        self._origins.close()
+        self._beside.unlink(missing_ok=True)
 
 
 def _line_end(text: str) -> int:

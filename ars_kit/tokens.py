@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ars_kit.errors import ConfigError, DataError
+from ars_kit.passages import PassageWriter
 
 EOS = "<|endoftext|>"
 BATCH_BYTES = 4 << 20
@@ -169,6 +170,7 @@ def write_tokens(
     path: Path,
     dtype: npt.DTypeLike,
     told: Callable[[int], None],
+    index: PassageWriter | None = None,
 ) -> int:
     """Write the tokens of ``pieces`` to ``path`` as they come; returns how many.
 
@@ -178,13 +180,18 @@ def write_tokens(
         path: a flat file of ``dtype``.
         dtype: holds every id.
         told: called with the number of tokens written so far.
+        index: takes down where documents begin and end.
     """
+    # Without offsets it is faster, and only a cut inside a document asks for them.
+    encode = made.core.encode_batch if index and index.size else made.core.encode_batch_fast
     count = 0
     with path.open("wb") as file:
         for batch in _batched(pieces):
             texts = [text for text, _ in batch]
-            coded = made.core.encode_batch_fast(texts, add_special_tokens=False)
-            for encoding, (_, ends) in zip(coded, batch, strict=True):
+            coded = encode(texts, add_special_tokens=False)
+            for encoding, (text, ends) in zip(coded, batch, strict=True):
+                if index:
+                    index.add(text, encoding, ends=ends)
                 ids = np.array(encoding.ids + [made.end] * ends, dtype=dtype)
                 file.write(ids.tobytes())
                 count += len(ids)
