@@ -170,17 +170,22 @@ def _nats(model: PreTrainedModel, ids: torch.Tensor, keep: int) -> Nats:
     Args:
         model: causal, so that what pads a row on the right changes nothing before it.
         ids: int64, shape (n_rows, width).
-        keep: only so many positions go through the head, where the model can do that.
+        keep: tokens of each row.
     """
     ids = ids.to(model.device)
-    able = "logits_to_keep" in inspect.signature(model.forward).parameters
-    extra = {"logits_to_keep": keep} if able else {}
     with torch.inference_mode():
-        logits = model(input_ids=ids[:, :-1], use_cache=False, **extra).logits[:, -keep:]
+        out = model(input_ids=ids[:, :-1], use_cache=False, **last(model, keep))
+        logits = out.logits[:, -keep:]
         nats = cross_entropy(
             logits.flatten(0, 1).float(), ids[:, -keep:].flatten(), reduction="none"
         )
     return np.asarray(nats.view(len(ids), keep).float().cpu())
+
+
+def last(model: PreTrainedModel, keep: int) -> dict[str, int]:
+    """Return what keeps all but the last ``keep`` places out of the head, where a model can."""
+    able = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": keep} if able else {}
 
 
 def _rows(passages: Sequence[Passage], nats: Nats, shift: int) -> Iterator[dict[str, Any]]:
