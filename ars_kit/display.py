@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -182,6 +183,54 @@ class Display:
         dots = ["...", *[""] * (len(HEADINGS) - 1)]
         above, below = [dots] * (first > 0), [dots] * (first + room < len(rows))
         return [*above, *rows[first : first + room], *below]
+
+
+class JudgingDisplay:
+    """Follows judges on stderr; a terminal gets a bar, anything else plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or console.is_dumb_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._preparing = ""
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show the bar for as long as this lasts."""
+        with self._bar:
+            yield
+
+    def preparing(self, stage: str, count: int) -> None:  # noqa: ARG002 -- Progress's form
+        """Hear of the text's preparation."""
+        if stage != self._preparing:
+            self._preparing = stage
+            self._begin(f"{stage} ...")
+
+    def judging(self, model: str, evaluator: str) -> None:
+        """Hear that an evaluator starts."""
+        self._begin(f"{model}: {evaluator} ...")
+
+    def share(self, done: float) -> None:
+        """Hear how much of its work is done, 0 to 1."""
+        self._bar.update(self._task, total=1.0, completed=done)
+
+    def judged(self, model: str, evaluator: str, *, cached: bool) -> None:
+        """Hear that its figures are there."""
+        if cached:
+            say(self.console, f"{model}: {evaluator} from the cache; --fresh measures again")
+
+    def _begin(self, what: str) -> None:
+        if self._bar.disable:
+            say(self.console, what)
+        self._bar.reset(self._task, total=None, description=what)
 
 
 def parent_of(member: MemberPlan, plan: RunPlan) -> str:

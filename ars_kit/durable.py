@@ -154,15 +154,19 @@ def check_directory(path: Path) -> list[str]:
     return problems + [f"{name} was not committed" for name in stray]
 
 
-def check_file(path: Path) -> str | None:
-    """Compare one file of a committed directory with the manifest beside it.
+def check_file(folder: Path, name: str) -> str | None:
+    """Compare one file of a committed directory with the directory's manifest.
+
+    Args:
+        folder: the directory.
+        name: of the file in it, such as ``quality/documents.jsonl``.
 
     Returns:
         What differs, or None.
     """
     try:
-        entry = read_manifest(path.parent)["files"][path.name]
-        return _differs(path.parent, path.name, str(entry["sha256"]), int(entry["size"]))
+        entry = read_manifest(folder)["files"][name]
+        return _differs(folder, name, str(entry["sha256"]), int(entry["size"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged: {error!r}"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
 from ars_kit.data import Corpus
+from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.schema import Choice
 from ars_kit.settings import Settings
@@ -34,6 +35,18 @@ def judges_of(settings: Settings) -> tuple[Choice, ...]:
     return chosen if PERPLEXITY.name in named else (PERPLEXITY, *chosen)
 
 
+def require_distinct(choices: Sequence[Choice]) -> None:
+    """Refuse an evaluator that is named twice: both would measure the same figures.
+
+    Raises:
+        ConfigError: it is.
+    """
+    names = [choice.name for choice in choices]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"evaluator {twice[0]!r} is named twice; name it once")
+
+
 def judge(
     host: Host,
     settings: Settings,
@@ -42,6 +55,7 @@ def judge(
     corpus: Corpus,
     *,
     choices: Sequence[Choice] | None = None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Assessment:
     """Ask evaluators about a model, in eval mode from here on.
 
@@ -52,6 +66,7 @@ def judge(
         model: on its device.
         corpus: whose held-out side it is judged on.
         choices: the evaluators; the run's if left out.
+        progress: told the share of each evaluator's work that is done.
 
     Returns:
         What they found, taken together.
@@ -75,9 +90,10 @@ def judge(
             batch_size=settings.train.batch_size // settings.train.accumulation,
             stream=corpus.heldout,
             passages=corpus.passages,
+            progress=progress,
         )
         with host.blaming("evaluators", choice.name, f"judging {name}"):
-            found = _joined(found, checked(evaluator(evaluand)))
+            found = joined(found, checked(evaluator(evaluand)))
     return found
 
 
@@ -108,7 +124,12 @@ def checked(answer: object) -> Assessment:
     return Assessment(finite, files, notes)
 
 
-def _joined(found: Assessment, more: Assessment) -> Assessment:
+def joined(found: Assessment, more: Assessment) -> Assessment:
+    """Take two evaluators' answers together.
+
+    Raises:
+        ValueError: both gave a figure, a file or a note of one name.
+    """
     both = [
         *(found.figures.keys() & more.figures.keys()),
         *(found.files.keys() & more.files.keys()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, resolve
-from ars_kit.store import BEST, RunFolder, control_folder, read_history
+from ars_kit.store import RunFolder, control_folder, read_history
 
 FROZEN = "run.toml"
+DOCUMENTS = "quality/documents.jsonl"
 
 
 def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settings:
@@ -35,49 +36,36 @@ def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:
         IntegrityError: they are not what was committed.
     """
     path = folder.path / name / "metrics.json"
-    problem = check_file(path)
+    problem = check_file(path.parent, path.name)
     if problem:
         raise IntegrityError(f"{path.parent}: {problem}. For all there is: arskit verify")
     metrics: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return metrics
 
 
-def best_of(metrics: Iterable[Mapping[str, Any]], metric: str = "heldout_loss") -> str:
-    """Return the member with the lowest ``metric``; the earlier of two equals.
+def read_documents(folder: RunFolder, name: str) -> list[dict[str, Any]]:
+    """Return what each held-out document cost a committed member; nothing where it was not kept.
 
     Raises:
-        ConfigError: no member has it.
+        IntegrityError: the file is not what was committed.
     """
-    scored = [(m[metric], m["model_id"]) for m in metrics if isinstance(m.get(metric), int | float)]
-    if not scored:
-        raise ConfigError(
-            f"no member has a figure named {metric!r}; see metrics.json for those it has"
-        )
-    lowest = min(score for score, _ in scored)
-    return next(str(name) for score, name in scored if score == lowest)
+    home = folder.path / name
+    if not (home / DOCUMENTS).exists():
+        return []
+    problem = check_file(home, DOCUMENTS)
+    if problem:
+        raise IntegrityError(f"{home}: {problem}. For all there is: arskit verify")
+    return [json.loads(line) for line in (home / DOCUMENTS).read_text("utf-8").splitlines()]
 
 
-def select(out: Path, metric: str) -> dict[str, Any]:
-    """Choose the committed member with the lowest ``metric`` and record it as ``best``.
+def kept_judgements(cache: Path, checkpoint: str) -> Path:
+    """Return where the cache keeps what evaluators found of a checkpoint, one file for each.
 
-    Raises:
-        ConfigError: there is no run, or no member has such a figure.
+    Args:
+        cache: the folder.
+        checkpoint: its hash: sha256 of a member's manifest.
     """
-    folder = RunFolder(out)
-    names = folder.members()
-    if not names:
-        raise ConfigError(f"no member is committed in {out} yet")
-    metrics = [read_metrics(folder, name) for name in names]
-    best = best_of(metrics, metric)
-    return record_best(folder, best, metric)
-
-
-def record_best(folder: RunFolder, best: str, metric: str) -> dict[str, Any]:
-    """Write ``best.json``: the member, and the rule by which it was chosen."""
-    value = read_metrics(folder, best)[metric]
-    record = {"member": best, "metric": metric, "value": value, "rule": f"lowest {metric}"}
-    folder.write_text(BEST, json.dumps(record, indent=2) + "\n")
-    return record
+    return cache / "evaluations" / checkpoint[:24]
 
 
 def status(out: Path) -> list[dict[str, Any]]:

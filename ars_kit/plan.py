@@ -12,6 +12,7 @@ import torch
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.inherit import descents
+from ars_kit.judge import require_distinct
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.models import (
     count_parameters,
@@ -165,6 +166,7 @@ def plan_run(settings: Settings, host: Host) -> RunPlan:
     """
     check_optimizer(host, settings.optimizer)
     host.check("data_sources", parse_source(settings.data.source, host))
+    require_distinct(settings.run.evaluators)
     for evaluator in settings.run.evaluators:
         host.make("evaluators", evaluator)
     device = pick_device(settings.train.device)

@@ -187,7 +187,7 @@ def _rows(
         if expected:
             problems.append(f"{member}: {name} is missing; what follows from it is left out")
         return ()
-    if (path.parent / MANIFEST).exists() and (problem := check_file(path)):
+    if (path.parent / MANIFEST).exists() and (problem := check_file(path.parent, path.name)):
         problems.append(f"{member}: {problem}; what follows from it is left out")
         return ()
     try:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ars_kit.choosing import Rule, choose, record_best
 from ars_kit.controls import Control
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
@@ -18,17 +19,15 @@ from ars_kit.family import (
     run_family,
 )
 from ars_kit.host import Host
-from ars_kit.judge import judge
-from ars_kit.models import load_member
-from ars_kit.outcome import FROZEN, best_of, record_best
-from ars_kit.plan import RunPlan, parse_source, pick_device, require_batch
+from ars_kit.outcome import FROZEN
+from ars_kit.plan import RunPlan, parse_source, require_batch
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, differences, resolve, to_toml
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
-from ars_kit.store import RunFolder, control_folder, locate
+from ars_kit.store import RunFolder, control_folder
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.train import Stop
 
@@ -93,11 +92,11 @@ def execute(
         metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
             return metrics, None
-        best = best_of(metrics)
+        chosen = choose(folder, metrics, Rule())
         if accelerator.is_main_process:
-            record_best(folder, best, "heldout_loss")
+            record_best(folder, chosen)
             write_report(out)
-        return metrics, best
+        return metrics, chosen["member"]
 
 
 def train_control(
@@ -172,49 +171,6 @@ def _prepared(
         need_heldout=heldout,
         progress=progress,
     )
-
-
-def evaluate(
-    names: list[str], host: Host, out: Path, cache: Path, overrides: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Judge members, ``best``, or any model directories; returns their figures.
-
-    Args:
-        names: what to judge.
-        host: the installed plugins.
-        out: the run folder, whose frozen settings apply where there are any.
-        cache: of prepared data.
-        overrides: settings by ``section.key`` that take their place.
-    """
-    frozen = out / FROZEN
-    settings = resolve(overrides, {}, frozen if frozen.exists() else None)
-    found = []
-    for name in names:
-        path = locate(name, out)
-        # The model's own tokenizer decides what its text looks like in tokens.
-        source = NamedSource(host, parse_source(settings.data.source, host))
-        corpus = prepare(
-            source,
-            tokenizer=_own_tokenizer(settings, path),
-            cache=cache,
-            heldout_fraction=settings.data.heldout_fraction,
-            need_heldout=2,
-        )
-        model = load_member(path).to(pick_device(settings.train.device))  # type: ignore[arg-type]
-        label = path.name if name == "best" else name
-        chosen = settings.run.evaluators if "run.evaluators" in overrides else None
-        quality = judge(host, settings, label, model, corpus, choices=chosen)
-        found.append({"model_id": label, **quality.figures})
-    return found
-
-
-def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
-    """Return the tokenizer that the run trained, or the one beside a stranger's weights."""
-    is_ours = (path.parent / FROZEN).exists() and settings.family.base is None
-    same_text = (
-        is_ours and resolve({}, {}, path.parent / FROZEN).data.source == settings.data.source
-    )
-    return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
 
 
 def _require_equal_parts(settings: Settings, processes: int) -> None:

@@ -352,7 +352,8 @@ def test_the_harness_scores_a_task_file_as_counted_by_hand(
     task = task_of(tmp_path, questions)
     found = judged(f"lm-eval:tasks={task}", member)
     right = [
-        max((0, 1), key=lambda k, q=q: likelihood(member, q["text"], q["endings"][k])) == q["answer"]
+        max((0, 1), key=lambda k, q=q: likelihood(member, q["text"], q["endings"][k]))
+        == q["answer"]
         for q in questions
     ]
     assert found.figures["endings_acc"] == pytest.approx(sum(right) / 7)

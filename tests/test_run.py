@@ -236,15 +236,15 @@ def test_a_flipped_byte_in_an_ancestor_is_named(
 def test_damaged_records_are_named_and_never_shown(
     whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
+    from ars_kit.choosing import Rule, select
     from ars_kit.errors import IntegrityError
-    from ars_kit.outcome import select
     from ars_kit.outcome import status as read_status
 
     mine = tmp_path / "run"
     shutil.copytree(whole[0], mine)
     metrics = mine / "d3" / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"skipped_steps": 0', '"skipped_steps": 1'))
-    for reads in (lambda: read_status(mine), lambda: select(mine, "heldout_loss")):
+    for reads in (lambda: read_status(mine), lambda: select(mine, Rule(), tmp_path)):
         with pytest.raises(IntegrityError, match=r"d3: metrics\.json is not what was committed"):
             reads()
     metrics.unlink()

@@ -18,6 +18,9 @@ from ars_kit.cli.options import (
 )
 from ars_kit.errors import IntegrityError
 
+WIDE = 8
+"""Columns of figures that a table of models may have before it is turned on its side."""
+
 
 def names_in_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Complete the members of the run folder."""
@@ -80,45 +83,93 @@ def verify(out: Path, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, shell_complete=names_in_run)
 @click.option("--data", help="Judge on other text: a path, hf:owner/name, or a source.")
 @click.option("--eval", "evaluators", multiple=True, help="Evaluator, NAME:key=value. Repeatable.")
+@click.option("--fresh", is_flag=True, help="Measure again what is in the cache.")
 @out_option
 @json_option
 def evaluate(
     names: tuple[str, ...],
     data: str | None,
     evaluators: tuple[str, ...],
+    fresh: bool,
     out: Path,
     as_json: bool,
 ) -> None:
     """Judge members, d10..d18, 'best', or any model directory."""
-    from ars_kit.display import table
-    from ars_kit.runs import evaluate as judge
+    from ars_kit.display import JudgingDisplay
+    from ars_kit.evaluating import evaluate as judge
 
     overrides: dict[str, Any] = {}
     if data:
         overrides["data.source"] = data
     if evaluators:
         overrides["run.evaluators"] = list(evaluators)
-    figures = judge(expand(names), make_host(), out, cache_folder(), overrides)
+    display = JudgingDisplay(make_console(stderr=True))
+    with display.showing():
+        found = judge(
+            expand(names),
+            make_host(),
+            out,
+            cache_folder(),
+            overrides,
+            watcher=display,
+            fresh=fresh,
+        )
     if as_json:
-        echo_json(figures)
+        echo_json(found)
         return
-    headings = list(figures[0])
-    make_console().print(table(headings, [[figure(f.get(h)) for h in headings] for f in figures]))
+    _print_figures(found)
+
+
+def _print_figures(found: list[dict[str, Any]]) -> None:
+    """Print a row for each model, or a column where there are more figures than fit."""
+    from ars_kit.display import table
+
+    headings = list(dict.fromkeys(k for f in found for k in f if k != "notes"))
+    rows = [[figure(f.get(h)) for h in headings] for f in found]
+    if len(headings) > WIDE:
+        headings, *rows = map(list, zip(headings, *rows, strict=True))
+    make_console().print(table(headings, rows, names=1))
+    notes = dict.fromkeys(f"{k}: {v}" for f in found for k, v in f["notes"].items())
+    for note in notes:
+        click.echo(note)
 
 
 @click.command()
-@click.option("--metric", default="heldout_loss", show_default=True, help="Figure to minimise.")
+@click.option("--metric", default="bits_per_byte", show_default=True, help="Figure that decides.")
+@click.option(
+    "--prefer",
+    type=click.Choice(["lowest", "highest"]),
+    help="Which end of it wins, where that is not known.",
+)
+@click.option("--max-params", type=float, help="Parameters at most.")
+@click.option("--min-tokens-per-second", type=float, help="Tokens decoded per second at least.")
+@click.option(
+    "--require",
+    multiple=True,
+    metavar="CONDITION",
+    help="Another condition, FIGURE<=NUMBER or FIGURE>=NUMBER. Repeatable.",
+)
 @out_option
 @json_option
-def select(metric: str, out: Path, as_json: bool) -> None:
+def select(out: Path, as_json: bool, **options: Any) -> None:
     """Choose the best member and record it under the name 'best'."""
-    from ars_kit.outcome import select as choose
+    from ars_kit.choosing import Limit, Rule, parse_limit
+    from ars_kit.choosing import select as choose
 
-    record = choose(out, metric)
+    limits = [parse_limit(text) for text in options["require"]]
+    if options["max_params"] is not None:
+        limits.append(Limit("parameters", most=True, bound=options["max_params"]))
+    if options["min_tokens_per_second"] is not None:
+        least = options["min_tokens_per_second"]
+        limits.append(Limit("decode_tokens_per_second", most=False, bound=least))
+    rule = Rule(options["metric"], options["prefer"], tuple(limits))
+    record = choose(out, rule, cache_folder())
     if as_json:
         echo_json(record)
-    else:
-        click.echo(f"{record['member']}: {record['rule']}, {record['value']:.4f}")
+        return
+    click.echo(record["words"])
+    for name, why in record["left_out"].items():
+        click.echo(f"left out: {name}, {why}")
 
 
 def expand(names: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,264 @@
+"""Which member: by a rule that can be said, with the margin, and whether it is more than chance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ars_kit.durable import sha256
+from ars_kit.errors import ConfigError
+from ars_kit.outcome import kept_judgements, read_documents, read_metrics
+from ars_kit.resampling import CONFIDENCE, difference_interval
+from ars_kit.schema import did_you_mean
+from ars_kit.store import BEST, RunFolder
+
+DEFAULT_METRIC = "bits_per_byte"
+PAIRED = frozenset({"bits_per_byte", "heldout_loss", "perplexity"})
+"""Figures that are kept document by document."""
+_BETTER_HIGH = re.compile(
+    r"bleu|chrf|.*tokens_per_second.*|.*_(acc|acc_norm|acc_bytes|exact_match|f1|mcc|bleu|chrf)"
+)
+_LIMIT = re.compile(r"\s*(\w[\w.-]*)\s*(<=|>=)\s*([-+]?[\d_]*\.?\d+(?:[eE][-+]?\d+)?)\s*")
+
+Prefer = Literal["lowest", "highest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A condition on a figure.
+
+    Attributes:
+        figure: its name in ``metrics.json``.
+        most: whether the bound is the largest that is allowed, else it is the smallest.
+        bound: in the figure's unit.
+    """
+
+    figure: str
+    most: bool
+    bound: float
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.figure} {'at most' if self.most else 'at least'} {self.bound:,g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a member with this figure may be chosen."""
+        return value <= self.bound if self.most else value >= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a member is chosen.
+
+    Attributes:
+        metric: the figure that decides.
+        prefer: which end of it; None: as is known of the figure, and the lowest otherwise.
+        limits: what every member that may be chosen has to meet.
+    """
+
+    metric: str = DEFAULT_METRIC
+    prefer: Prefer | None = None
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def end(self) -> Prefer:
+        """The end of the figure that wins."""
+        return self.prefer or ("highest" if _BETTER_HIGH.fullmatch(self.metric) else "lowest")
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        where = " of those with " + " and ".join(map(str, self.limits)) if self.limits else ""
+        return f"{self.end} {self.metric}{where}"
+
+
+def parse_limit(text: str) -> Limit:
+    """Read ``FIGURE<=NUMBER`` or ``FIGURE>=NUMBER``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    match = _LIMIT.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"cannot read the condition {text!r}; write FIGURE<=NUMBER or FIGURE>=NUMBER"
+        )
+    return Limit(match[1], match[2] == "<=", float(match[3]))
+
+
+def select(out: Path, rule: Rule, cache: Path) -> dict[str, Any]:
+    """Choose a committed member and record it as ``best``.
+
+    Args:
+        out: the run folder.
+        rule: how.
+        cache: where later judgements are, for figures that a member's own metrics lack.
+
+    Raises:
+        ConfigError: there is no member, none has such a figure, or none meets the limits.
+        IntegrityError: what would be read is not what was committed.
+    """
+    folder = RunFolder(out)
+    names = folder.members()
+    if not names:
+        raise ConfigError(f"no member is committed in {out} yet")
+    family = [_known(folder, name, cache) for name in names]
+    return record_best(folder, choose(folder, family, rule))
+
+
+def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -> dict[str, Any]:
+    """Return which member the rule chooses, and how clearly.
+
+    Args:
+        folder: the run.
+        family: the members' figures, in order of birth; the earlier of two equals wins.
+        rule: how.
+
+    Returns:
+        ``member``, ``metric``, ``value``, ``rule``, ``left_out`` (why, by member), ``runner_up``,
+        ``margin`` (None without one), ``interval`` of the difference in bits per byte and its
+        ``confidence``, ``documents`` it was drawn from, ``distinguishable`` (None where nothing is
+        kept document by document), and ``words``.
+
+    Raises:
+        ConfigError: no member has such a figure, or none meets the limits.
+        IntegrityError: what would be read is not what was committed.
+    """
+    _require_figures(folder, family, rule)
+    left_out = {str(m["model_id"]): why for m in family if (why := _objection(m, rule))}
+    ranked = sorted(
+        (m for m in family if m["model_id"] not in left_out),
+        key=lambda m: m[rule.metric] * (-1 if rule.end == "highest" else 1),
+    )
+    if not ranked:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ConfigError(f"no member is left to choose from. {reasons}")
+    best, *others = ranked
+    record: dict[str, Any] = {
+        "member": best["model_id"],
+        "metric": rule.metric,
+        "value": best[rule.metric],
+        "rule": str(rule),
+        "left_out": left_out,
+        "runner_up": None,
+        "margin": None,
+        "interval": None,
+        "confidence": CONFIDENCE,
+        "documents": 0,
+        "distinguishable": None,
+    }
+    if others:
+        record["runner_up"] = others[0]["model_id"]
+        record["margin"] = abs(others[0][rule.metric] - best[rule.metric])
+        if rule.metric in PAIRED:
+            record |= _paired(folder, str(best["model_id"]), str(others[0]["model_id"]))
+    return {**record, "words": _words(record)}
+
+
+def record_best(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+    """Write ``best.json``: the member, the rule by which it was chosen, and how clearly."""
+    folder.write_text(BEST, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
+    """Return a member's own figures, and those of later judgements on the same text it lacks."""
+    metrics = read_metrics(folder, name)
+    later: dict[str, Any] = {}
+    checkpoint = sha256(folder.path / name / "manifest.json")
+    for file in sorted(kept_judgements(cache, checkpoint).glob("*.json"), key=_age):
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if tree["identity"]["data"] == metrics["data_hash"]:
+                later |= tree["figures"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or of another version: as if it had never been measured
+    return {**later, **metrics}
+
+
+def _age(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_figures(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -> None:
+    known = sorted({k for m in family for k, v in m.items() if _is_figure(v)})
+    for name in dict.fromkeys((rule.metric, *(limit.figure for limit in rule.limits))):
+        if name in known:
+            continue
+        measures = {"decode_tokens_per_second": "speed", "bleu": "bleu", "chrf": "bleu"}
+        if name in measures:
+            first, last = family[0]["model_id"], family[-1]["model_id"]
+            raise ConfigError(
+                f"no member has {name} yet; measure it first: arskit evaluate "
+                f"{first} ... {last} --eval {measures[name]} --out {folder.path}"
+            )
+        raise ConfigError(
+            f"no member has a figure named {name!r}{did_you_mean(name, known)}. "
+            f"There are: {', '.join(known)}"
+        )
+
+
+def _objection(metrics: Mapping[str, Any], rule: Rule) -> str | None:
+    """Return why a member cannot be chosen."""
+    for limit in rule.limits:
+        value = metrics.get(limit.figure)
+        if not _is_figure(value):
+            return f"{limit.figure} was not measured"
+        if not limit.holds(value):  # type: ignore[arg-type]  # a figure: the line above
+            return f"{limit.figure} is {value:,.6g}"
+    return None if _is_figure(metrics.get(rule.metric)) else f"{rule.metric} was not measured"
+
+
+def _paired(folder: RunFolder, best: str, other: str) -> dict[str, Any]:
+    """Return the interval of what a byte costs ``other`` more than ``best``, by document."""
+    one, two = (_by_document(read_documents(folder, name)) for name in (best, other))
+    if one.keys() != two.keys() or len(one) < 2:
+        return {}
+    nats, sizes, other_nats, other_sizes = (
+        np.array([rows[key][i] for key in one])
+        for rows, i in ((two, 0), (two, 1), (one, 0), (one, 1))
+    )
+    found = difference_interval(nats, sizes, other_nats, other_sizes)
+    if found is None:
+        return {}
+    clear = not found[0] <= 0 <= found[1]
+    return {"interval": list(found), "documents": len(one), "distinguishable": clear}
+
+
+def _by_document(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return nats and bytes by document and place in it."""
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    seen: dict[int, int] = {}
+    for row in rows:
+        document = int(row["document"])
+        place = seen[document] = seen.get(document, -1) + 1
+        found[document, place] = float(row["nats"]), float(row["bytes"])
+    return found
+
+
+def _words(record: Mapping[str, Any]) -> str:
+    best, other, metric = record["member"], record["runner_up"], record["metric"]
+    head = f"{best}: {record['rule']}, {record['value']:,.6g}."
+    if other is None:
+        return f"{head} There is no other to choose from."
+    margin = f"{other} comes next, {record['margin']:,.4g} away"
+    if record["interval"] is None:
+        why = "is not kept by document" if metric not in PAIRED else "has too few documents"
+        return f"{head} {margin}; {metric} {why}, so chance cannot be told from merit."
+    low, high = record["interval"]
+    interval = (
+        f"95 % interval of the difference {low:+.4f} to {high:+.4f} bits per byte, over "
+        f"{record['documents']} documents or passages"
+    )
+    if record["distinguishable"]:
+        return f"{head} {margin} ({interval}): more than chance."
+    return f"{head} {margin} ({interval}): {best} is best, but not distinguishable from {other}."

@@ -1,0 +1,253 @@
+"""Judging what is there already: members, the best of them, or anybody's model, on any text.
+
+What an evaluator found is kept in the cache under the checkpoint's hash, the text's, and the
+evaluator's settings, so that nothing is measured twice unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ars_kit.data import Corpus, prepare
+from ars_kit.durable import MANIFEST, disk_errors, make_directory, sha256, write_atomically
+from ars_kit.errors import ConfigError
+from ars_kit.figures import device_name
+from ars_kit.host import Host
+from ars_kit.judge import joined, judge, judges_of, require_distinct
+from ars_kit.models import load_member
+from ars_kit.outcome import FROZEN, kept_judgements
+from ars_kit.plan import parse_source, pick_device
+from ars_kit.schema import Choice
+from ars_kit.settings import Settings, resolve
+from ars_kit.source import NamedSource
+from ars_kit.spec import Assessment
+from ars_kit.store import locate
+from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class JudgingWatcher(Protocol):
+    """Told how far the judging is."""
+
+    def preparing(self, stage: str, count: int) -> None:
+        """Hear of the text's preparation."""
+        ...
+
+    def judging(self, model: str, evaluator: str) -> None:
+        """Hear that an evaluator starts."""
+        ...
+
+    def share(self, done: float) -> None:
+        """Hear how much of its work is done, 0 to 1."""
+        ...
+
+    def judged(self, model: str, evaluator: str, *, cached: bool) -> None:
+        """Hear that its figures are there, measured or from the cache."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Court:
+    """What all judgements of one command share.
+
+    Attributes:
+        host: the installed plugins.
+        settings: of the run, with what the user gave over them.
+        out: the run folder.
+        cache: of prepared text, and of judgements.
+        whole: the text is nobody's training text: all of it is judged.
+        fresh: measure again what is in the cache.
+        watcher: told how far it is.
+    """
+
+    host: Host
+    settings: Settings
+    out: Path
+    cache: Path
+    whole: bool
+    fresh: bool
+    watcher: JudgingWatcher
+
+
+def evaluate(
+    names: Sequence[str],
+    host: Host,
+    out: Path,
+    cache: Path,
+    overrides: Mapping[str, Any],
+    *,
+    watcher: JudgingWatcher,
+    fresh: bool = False,
+) -> list[dict[str, Any]]:
+    """Judge members, ``best``, or any model directories; returns their figures and notes.
+
+    Args:
+        names: what to judge.
+        host: the installed plugins.
+        out: the run folder, whose frozen settings apply where there are any.
+        cache: of prepared text, and of judgements.
+        overrides: settings by ``section.key`` that take their place.
+        watcher: told how far it is.
+        fresh: measure again what is in the cache.
+
+    Raises:
+        ConfigError: there is none of that name, or an evaluator's setting does not fit.
+        DataError: the text cannot be had, or is too little.
+        IntegrityError: a member is damaged.
+        PluginError: an evaluator failed.
+    """
+    frozen = out / FROZEN
+    own = resolve({}, {}, frozen) if frozen.exists() else None
+    settings = resolve(overrides, {}, frozen if own else None)
+    whole = "data.source" in overrides and (own is None or own.data.source != settings.data.source)
+    if whole:
+        data = dataclasses.replace(settings.data, heldout_fraction=1.0, heldout_tokens=None)
+        settings = dataclasses.replace(settings, data=data)
+    court = Court(host, settings, out, cache, whole, fresh, watcher)
+    choices = settings.run.evaluators if "run.evaluators" in overrides else judges_of(settings)
+    require_distinct(choices)
+    for choice in choices:
+        host.make("evaluators", choice)  # what does not fit is said before anything is loaded
+    paths = [locate(name, out) for name in names]
+    found = []
+    for name, path in zip(names, paths, strict=True):
+        label = path.name if name == "best" else name
+        quality = _judged(court, label, path, choices)
+        found.append({"model_id": label, **quality.figures, "notes": dict(quality.notes)})
+    return found
+
+
+def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
+    """Return what the evaluators find, or found when they were asked before."""
+    corpus = _corpus(court, path)
+    checkpoint = checkpoint_hash(path)
+    home = kept_judgements(court.cache, checkpoint)
+    device = torch.device(pick_device(court.settings.train.device))
+    model: PreTrainedModel | None = None
+    whole = Assessment({})
+    for choice in choices:
+        identity = _identity(court, choice, corpus, checkpoint, device)
+        blob = json.dumps(identity, sort_keys=True, default=str).encode()
+        file = home / f"{hashlib.sha256(blob).hexdigest()[:24]}.json"
+        part = None if court.fresh else _read(file)
+        cached = part is not None
+        if part is None:
+            court.watcher.judging(label, choice.name)
+            if model is None:
+                model = load_member(path).to(device)  # type: ignore[arg-type]
+            part = judge(
+                court.host,
+                court.settings,
+                label,
+                model,
+                corpus,
+                choices=[choice],
+                progress=court.watcher.share,
+            )
+            _write(file, identity, part)
+        court.watcher.judged(label, choice.name, cached=cached)
+        with court.host.blaming("evaluators", choice.name, f"judging {label}"):
+            whole = joined(whole, part)
+    return whole
+
+
+def _corpus(court: Court, path: Path) -> Corpus:
+    # The model's own tokenizer decides what its text looks like in tokens.
+    data = court.settings.data
+    source = NamedSource(court.host, parse_source(data.source, court.host))
+    return prepare(
+        source,
+        tokenizer=_own_tokenizer(court.settings, path),
+        cache=court.cache,
+        heldout_fraction=data.heldout_fraction,
+        need_train=0 if court.whole else 1,
+        need_heldout=2,
+        progress=court.watcher.preparing,
+    )
+
+
+def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
+    """Return the tokenizer that the run trained, or the one beside a stranger's weights."""
+    is_ours = (path.parent / FROZEN).exists() and settings.family.base is None
+    same_text = (
+        is_ours and resolve({}, {}, path.parent / FROZEN).data.source == settings.data.source
+    )
+    return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
+
+
+def checkpoint_hash(path: Path) -> str:
+    """Return what identifies a model directory's bytes: its manifest's hash, or that of its files.
+
+    Args:
+        path: verified, where it has a manifest.
+    """
+    if (path / MANIFEST).is_file():
+        return sha256(path / MANIFEST)
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(f"{file.name}\0{sha256(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def _identity(
+    court: Court, choice: Choice, corpus: Corpus, checkpoint: str, device: torch.device
+) -> dict[str, Any]:
+    """Return all that a judgement depends on."""
+    data, facts = court.settings.data, corpus.facts
+    settings = court.host.check("evaluators", choice)
+    return {
+        "checkpoint": checkpoint,
+        "data": facts.data_hash,
+        "tokenizer": facts.tokenizer_hash,
+        "heldout_fraction": data.heldout_fraction,
+        "heldout_tokens": data.heldout_tokens,
+        "context": data.sequence_length,
+        "evaluator": choice.name,
+        "settings": settings,
+        "files": _named_files(settings.values()),
+        "plugin": str(court.host.listing("evaluators", choice.name).plugin),
+        "device": device_name(device),
+        "versions": {p: version(p) for p in ("torch", "transformers")},
+    }
+
+
+def _named_files(values: Iterable[Any]) -> dict[str, str]:
+    """Return the hash of each file that a setting names, such as a task's."""
+    words = [w for v in values for w in (v if isinstance(v, tuple) else (v,))]
+    return {w: sha256(Path(w)) for w in words if isinstance(w, str) and Path(w).is_file()}
+
+
+def _read(file: Path) -> Assessment | None:
+    """Return a kept judgement; one that is damaged counts as none."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return Assessment(dict(tree["figures"]), dict(tree["files"]), dict(tree["notes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, identity: Mapping[str, Any], part: Assessment) -> None:
+    tree = {**dataclasses.asdict(part), "identity": identity, "measured": _now()}
+    try:
+        with disk_errors(file):
+            make_directory(file.parent)
+            text = json.dumps(tree, ensure_ascii=False, indent=1, default=str)
+            write_atomically(file, text, scratch=file.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot write the cache {file.parent}: {error}") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

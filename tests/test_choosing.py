@@ -1,0 +1,214 @@
+"""The choice of a member: its rule, its margin, its words."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ars_kit.choosing import Limit, Rule, parse_limit, select
+from ars_kit.durable import MANIFEST, sha256
+from ars_kit.errors import ConfigError, IntegrityError
+from ars_kit.outcome import kept_judgements
+from ars_kit.resampling import bits_per_byte, difference_interval, interval
+from ars_kit.store import RunFolder, locate
+
+BYTES = np.full(40, 1000.0)
+NOISE = np.random.default_rng(0).normal(0, 40, 40)
+
+
+def commit(folder: RunFolder, name: str, bits: float, noise: Any = NOISE, **figures: Any) -> None:
+    """Commit a member whose documents cost ``bits`` a byte, more or less."""
+    nats = bits * math.log(2) * BYTES + noise - np.mean(noise)
+
+    def files(home: Path) -> None:
+        metrics = {"model_id": name, "bits_per_byte": bits, "data_hash": "text", **figures}
+        (home / "metrics.json").write_text(json.dumps(metrics))
+        (home / "quality").mkdir()
+        rows = [
+            {"document": i, "origin": "", "nats": float(n), "tokens": 300, "bytes": 1000}
+            for i, n in enumerate(nats)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (home / "quality" / "documents.jsonl").write_text(text)
+
+    folder.commit_member(name, files, parent=None, facts={})
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> RunFolder:
+    """Three members; what is hard for one is as hard for the others."""
+    folder = RunFolder(tmp_path / "run")
+    commit(folder, "d2", 2.0, parameters=100, bleu=3.0)
+    commit(folder, "d3", 1.6, parameters=200, bleu=2.0)
+    commit(folder, "d4", 1.5, parameters=300, bleu=1.0)
+    return folder
+
+
+def chosen(folder: RunFolder, rule: Rule, cache: Path | None = None) -> dict[str, Any]:
+    return select(folder.path, rule, cache or folder.path / "none")
+
+
+# --- chance ----------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_the_normal_theory_where_that_holds() -> None:
+    rng = np.random.default_rng(1)
+    nats = rng.normal(700, 50, 400)
+    sizes = np.full(400, 1000.0)
+    found = interval(nats, sizes)
+    assert found is not None
+    middle = bits_per_byte(nats, sizes)
+    half = 1.96 * nats.std() / math.sqrt(400) / 1000 / math.log(2)
+    assert found == pytest.approx((middle - half, middle + half), rel=0.01)
+    assert interval(nats, sizes) == found  # the draws are seeded
+
+
+def test_about_95_of_100_intervals_cover_what_they_should() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(150):
+        sizes = rng.uniform(500, 1500, 60)
+        nats = 0.7 * sizes + rng.normal(0, 60, 60)
+        low, high = interval(nats, sizes) or (0.0, 0.0)
+        covered += low <= 0.7 / math.log(2) <= high
+    assert 133 <= covered <= 149
+
+
+def test_a_pair_is_told_apart_where_its_members_overlap() -> None:
+    rng = np.random.default_rng(3)
+    hard = rng.normal(700, 200, 80)
+    one, two = hard + rng.normal(0, 2, 80), hard + 3 + rng.normal(0, 2, 80)
+    sizes = np.full(80, 1000.0)
+    alone = [interval(nats, sizes) for nats in (one, two)]
+    assert alone[0] is not None
+    assert alone[1] is not None
+    assert alone[0][1] > alone[1][0]  # each by itself: nothing to see
+    low, high = difference_interval(two, sizes, one, sizes) or (0.0, 0.0)
+    assert 0 < low < 3 / 1000 / math.log(2) < high
+
+
+def test_very_many_documents_take_no_longer_than_many() -> None:
+    sizes = np.full(100_000, 100.0)
+    nats = np.random.default_rng(4).normal(70, 5, 100_000)
+    low, high = interval(nats, sizes) or (0.0, 0.0)
+    half = 1.96 * 5 / math.sqrt(100_000) / 100 / math.log(2)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+
+
+def test_one_document_has_no_interval() -> None:
+    assert interval(np.ones(1), np.ones(1)) is None
+
+
+# --- the choice ------------------------------------------------------------------------------
+
+
+def test_the_lowest_bits_per_byte_wins_and_the_margin_is_said(family: RunFolder) -> None:
+    found = chosen(family, Rule())
+    assert (found["member"], found["runner_up"]) == ("d4", "d3")
+    assert found["margin"] == pytest.approx(0.1)
+    assert found["interval"] == pytest.approx([0.1, 0.1])  # the documents differ alike
+    assert found["distinguishable"] is True
+    assert found["words"].startswith("d4: lowest bits_per_byte, 1.5. d3 comes next, 0.1 away")
+    assert found["words"].endswith("more than chance.")
+    assert json.loads((family.path / "best.json").read_text()) == found
+    assert locate("best", family.path) == family.path / "d4"
+
+
+def test_a_lead_within_chance_is_called_that(family: RunFolder) -> None:
+    commit(family, "d5", 1.4999, noise=-NOISE, parameters=400)
+    found = chosen(family, Rule())
+    assert found["member"] == "d5"
+    low, high = found["interval"]
+    assert low < 0 < high
+    assert found["distinguishable"] is False
+    assert found["words"].endswith("d5 is best, but not distinguishable from d4.")
+
+
+def test_a_budget_leaves_members_out_and_says_so(family: RunFolder) -> None:
+    found = chosen(family, Rule(limits=(Limit("parameters", most=True, bound=250),)))
+    assert found["member"] == "d3"
+    assert found["left_out"] == {"d4": "parameters is 300"}
+    assert found["rule"] == "lowest bits_per_byte of those with parameters at most 250"
+    with pytest.raises(ConfigError, match=r"no member is left to choose from\. d2: parameters is"):
+        chosen(family, Rule(limits=(Limit("parameters", most=True, bound=1),)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "member"),
+    [
+        (Rule("bleu"), "d2"),
+        (Rule("bleu", "lowest"), "d4"),
+        (Rule("parameters"), "d2"),
+        (Rule("parameters", "highest"), "d4"),
+    ],
+)
+def test_the_better_end_of_a_figure_is_known_or_said(
+    family: RunFolder, rule: Rule, member: str
+) -> None:
+    found = chosen(family, rule)
+    assert found["member"] == member
+    assert found["interval"] is None
+    assert "chance cannot be told from merit" in found["words"]
+
+
+def test_the_earlier_of_two_equals_wins(family: RunFolder) -> None:
+    commit(family, "d5", 1.5)
+    assert chosen(family, Rule())["member"] == "d4"
+
+
+def test_a_figure_measured_later_counts_where_the_text_is_the_same(
+    family: RunFolder, tmp_path: Path
+) -> None:
+    fast = Rule(limits=(Limit("decode_tokens_per_second", most=False, bound=50),))
+    with pytest.raises(ConfigError, match=r"measure it first: arskit evaluate d2 \.\.\. d4 --eval"):
+        chosen(family, fast)
+    for name, speed, text in (("d2", 90.0, "text"), ("d3", 60.0, "text"), ("d4", 99.0, "other")):
+        home = kept_judgements(tmp_path, sha256(family.path / name / MANIFEST))
+        home.mkdir(parents=True)
+        tree = {"identity": {"data": text}, "figures": {"decode_tokens_per_second": speed}}
+        (home / "a.json").write_text(json.dumps(tree))
+        (home / "b.json").write_text("damaged")
+    found = chosen(family, fast, tmp_path)
+    assert found["member"] == "d3"
+    assert found["left_out"] == {"d4": "decode_tokens_per_second was not measured"}
+
+
+def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:
+    with pytest.raises(ConfigError, match=r"named 'blue' \(did you mean 'bleu'\?\)\. There are: b"):
+        chosen(family, Rule("blue"))
+
+
+@pytest.mark.parametrize("text", ["cost", "cost<1", "cost<=x", "<=3", "cost<=1,5"])
+def test_a_condition_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write FIGURE<=NUMBER"):
+        parse_limit(text)
+
+
+def test_conditions_are_read() -> None:
+    assert parse_limit("perplexity <= 1e2") == Limit("perplexity", most=True, bound=100.0)
+    assert parse_limit("bleu>=-.5") == Limit("bleu", most=False, bound=-0.5)
+
+
+def test_a_folder_without_members_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no member is committed"):
+        select(tmp_path / "nothing", Rule(), tmp_path)
+
+
+def test_damaged_documents_are_named(family: RunFolder) -> None:
+    file = family.path / "d4" / "quality" / "documents.jsonl"
+    file.write_text(file.read_text().replace("300", "301"))
+    with pytest.raises(IntegrityError, match=r"d4: quality/documents\.jsonl is not what was"):
+        chosen(family, Rule())
+
+
+def test_one_member_has_no_runner_up(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    commit(folder, "d2", 2.0)
+    found = chosen(folder, Rule())
+    assert found["runner_up"] is None
+    assert found["words"].endswith("There is no other to choose from.")

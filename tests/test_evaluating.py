@@ -1,0 +1,155 @@
+"""``arskit evaluate``: any model, any text, nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_text
+
+from ars_kit.data import prepare
+from ars_kit.errors import ConfigError, DataError, PluginError
+from ars_kit.evaluating import evaluate
+from ars_kit.host import Host
+from ars_kit.models import build, save_member
+from ars_kit.plan import parse_source
+from ars_kit.shapes import embedded_config
+from ars_kit.source import NamedSource
+from ars_kit.tokens import TrainBPE
+
+
+class Watcher:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.cached: list[str] = []
+        self.shares: list[float] = []
+
+    def preparing(self, stage: str, count: int) -> None:
+        """Do nothing."""
+
+    def judging(self, model: str, evaluator: str) -> None:
+        self.asked.append(evaluator)
+
+    def share(self, done: float) -> None:
+        self.shares.append(done)
+
+    def judged(self, model: str, evaluator: str, *, cached: bool) -> None:
+        if cached:
+            self.cached.append(evaluator)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folder: Path) -> Path:
+    """A model directory that no run knows."""
+    host = Host.installed()
+    source = NamedSource(host, parse_source(str(text_folder), host))
+    corpus = prepare(source, tokenizer=TrainBPE(300), cache=cache)
+    config = embedded_config(2, vocab_size=300, context=32, aspect=4)
+    path = tmp_path_factory.mktemp("stranger") / "model"
+    save_member(build(config, seed=0).eval(), corpus.tokenizer_dir, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("other") / "other.txt"
+    file.write_text("\n".join(make_text(3, seed=9)), encoding="utf-8")
+    return file
+
+
+def judge(
+    stranger: Path, data: Path, cache: Path, *evaluators: str, fresh: bool = False, **more: Any
+) -> tuple[dict[str, Any], Watcher]:
+    watcher = Watcher()
+    overrides = {"data.source": str(data), "data.sequence_length": 32, **more}
+    if evaluators:
+        overrides["run.evaluators"] = list(evaluators)
+    (found,) = evaluate(
+        [str(stranger)],
+        Host.installed(),
+        cache / "no run",
+        cache,
+        overrides,
+        watcher=watcher,
+        fresh=fresh,
+    )
+    return found, watcher
+
+
+def test_all_of_another_text_is_judged_once(stranger: Path, other: Path, tmp_path: Path) -> None:
+    first, watcher = judge(stranger, other, tmp_path)
+    assert watcher.asked == ["perplexity"]
+    assert watcher.shares[-1] == 1.0
+    kept = list((tmp_path / "evaluations").glob("*/*.json"))
+    rows = json.loads(kept[0].read_text())["files"]["documents.jsonl"].splitlines()
+    size = sum(json.loads(row)["bytes"] for row in rows)
+    assert size == pytest.approx(other.stat().st_size, abs=4)  # the first token is not predicted
+
+    again, watcher = judge(stranger, other, tmp_path)
+    assert again == first
+    assert (watcher.asked, watcher.cached) == ([], ["perplexity"])
+
+    redone, watcher = judge(stranger, other, tmp_path, fresh=True)
+    assert redone == first
+    assert watcher.asked == ["perplexity"]
+
+    kept[0].write_text("damaged")
+    assert judge(stranger, other, tmp_path)[1].asked == ["perplexity"]
+
+
+def test_what_a_judgement_depends_on_makes_it_another(
+    stranger: Path, other: Path, tmp_path: Path
+) -> None:
+    judge(stranger, other, tmp_path)
+    for how in ("perplexity:stride=16", "perplexity:stride=8", "generate:length=2"):
+        assert judge(stranger, other, tmp_path, how)[1].asked
+        assert not judge(stranger, other, tmp_path, how)[1].asked
+    assert not judge(stranger, other, tmp_path, "perplexity")[1].asked
+
+
+def test_changed_text_or_weights_are_judged_again(
+    stranger: Path, other: Path, tmp_path: Path
+) -> None:
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    shutil.copy(other, text)
+    shutil.copytree(stranger, model)
+    judge(model, text, tmp_path)
+    assert not judge(model, text, tmp_path)[1].asked
+    text.write_text(text.read_text(encoding="utf-8") + " And more.\n", encoding="utf-8")
+    assert judge(model, text, tmp_path)[1].asked
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(bytes(weights))
+    assert judge(model, text, tmp_path)[1].asked
+
+
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    stranger: Path, other: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no member 'd7'"):
+        evaluate([str(stranger), "d7"], Host.installed(), tmp_path, tmp_path, {}, watcher=Watcher())
+    assert not (tmp_path / "evaluations").exists()
+    with pytest.raises(ConfigError, match="evaluator 'perplexity' is named twice"):
+        judge(stranger, other, tmp_path, "perplexity:stride=16", "perplexity")
+    with pytest.raises(PluginError, match=r"no evaluator named 'blue' \(did you mean 'bleu'\?\)"):
+        judge(stranger, other, tmp_path, "blue")
+    with pytest.raises(ConfigError, match="'speed' has no setting 'repeat'"):
+        judge(stranger, other, tmp_path, "speed:repeat=3")
+
+
+def test_text_of_nothing_is_refused_and_of_one_letter_is_measured(
+    stranger: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" \n")
+    with pytest.raises(DataError, match="no text"):
+        judge(stranger, text, tmp_path)
+    text.write_text("a")
+    found, _ = judge(stranger, text, tmp_path)
+    assert found["heldout_loss"] > 0
+    assert found["bits_per_byte"] is None
