@@ -80,7 +80,8 @@ def test_a_run_ends_with_both_forms_of_its_report(controlled: Path) -> None:
         assert (controlled / "controls" / control / "report.html").is_file()
     summary = text.splitlines()[2]
     assert re.fullmatch(
-        r"Of 3 members d\d is best on held-out text: \d\.\d{4} bits per byte\. "
+        r"Of 3 members d\d is best on held-out text: \d\.\d{4} bits per byte "
+        r"\(95 % interval over documents \d\.\d{4} to \d\.\d{4}\)\. "
         r"(It reached|The family did not reach) the held-out loss of d2 of control no-growth.*\. "
         r"That was measured with one seed \(0\), so there is no interval, and it may be chance\.",
         summary,
@@ -181,7 +182,7 @@ def test_text_of_users_is_shown_and_never_obeyed() -> None:
 def test_samples_stand_side_by_side(copy: Path) -> None:
     for name, text in (("d2", "eins <b>"), ("d3", "zwei")):
         folder = copy / name / "quality"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         told = [{"prompt": "Erkläre AGI Framework", "text": text}]
         (folder / "samples.json").write_text(json.dumps(told), encoding="utf-8")
     page = as_html(build(read_run(copy)))
