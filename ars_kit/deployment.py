@@ -1,4 +1,4 @@
-"""What serving engines are handed and what they promise; part of :mod:`ars_kit.spec`."""
+"""What engines and exporters are handed and what they promise; part of :mod:`ars_kit.spec`."""
 
 from __future__ import annotations
 
@@ -68,4 +68,30 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
+        ...
+
+
+class Exporter(Protocol):
+    """Writes a model in another format. What it wrote is compared with the model, or thrown away.
+
+    Attributes:
+        tolerance: how far a logit may be off, against the largest logit or 1; greedy text must then
+            be the same. None for a format that rounds more than that: it is judged by its loss on
+            held-out text and by the tokens it finds most likely.
+    """
+
+    tolerance: float | None
+
+    def export(self, source: Path, target: Path) -> None:
+        """Write the model of ``source``, a Hugging Face directory, into the empty ``target``.
+
+        Tokenizer and configurations are copied by the host.
+
+        Raises:
+            ConfigError: it cannot be exported, and why.
+        """
+        ...
+
+    def open(self, target: Path, *, context: int, slots: int) -> Engine:
+        """Return an engine that runs what was exported."""
         ...

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ars_kit.data import Corpus, prepare
@@ -30,8 +32,9 @@ from ars_kit.schema import Choice
 from ars_kit.settings import Settings, resolve
 from ars_kit.source import NamedSource
 from ars_kit.spec import Assessment
+from ars_kit.spool import Progress
 from ars_kit.store import locate
-from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE, heldout_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +133,14 @@ def evaluate(
 
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
-    corpus = _corpus(court, path)
+    corpus = _corpus(
+        court.settings,
+        court.host,
+        court.cache,
+        path,
+        need_train=0 if court.whole else 1,
+        progress=court.watcher.preparing,
+    )
     checkpoint = checkpoint_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     device = torch.device(pick_device(court.settings.train.device))
@@ -162,18 +172,42 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
     return whole
 
 
-def _corpus(court: Court, path: Path) -> Corpus:
+def heldout_text(
+    path: Path, host: Host, out: Path, cache: Path, overrides: Mapping[str, Any]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield held-out text in a model directory's own tokens, in windows of the run's context.
+
+    Args:
+        path: the directory.
+        host: the installed plugins.
+        out: the run folder, whose frozen settings apply where there are any.
+        cache: of prepared data.
+        overrides: settings by ``section.key`` that take their place.
+    """
+    frozen = out / FROZEN
+    settings = resolve(overrides, {}, frozen if frozen.exists() else None)
+    corpus = _corpus(settings, host, cache, path, need_train=1)
+    return heldout_windows(corpus.heldout, settings.data.sequence_length)
+
+
+def _corpus(
+    settings: Settings,
+    host: Host,
+    cache: Path,
+    path: Path,
+    *,
+    need_train: int,
+    progress: Progress | None = None,
+) -> Corpus:
     # The model's own tokenizer decides what its text looks like in tokens.
-    data = court.settings.data
-    source = NamedSource(court.host, parse_source(data.source, court.host))
     return prepare(
-        source,
-        tokenizer=_own_tokenizer(court.settings, path),
-        cache=court.cache,
-        heldout_fraction=data.heldout_fraction,
-        need_train=0 if court.whole else 1,
+        NamedSource(host, parse_source(settings.data.source, host)),
+        tokenizer=_own_tokenizer(settings, path),
+        cache=cache,
+        heldout_fraction=settings.data.heldout_fraction,
+        need_train=need_train,
         need_heldout=2,
-        progress=court.watcher.preparing,
+        progress=progress,
     )
 
 

@@ -23,7 +23,14 @@ from ars_kit.schema import Choice, bind, did_you_mean
 from ars_kit.spec import API_VERSION, PROJECT, Hooks, Offer
 
 Kind = Literal[
-    "optimizers", "wrappers", "gates", "strategies", "evaluators", "data_sources", "servers"
+    "optimizers",
+    "wrappers",
+    "gates",
+    "strategies",
+    "evaluators",
+    "data_sources",
+    "servers",
+    "exporters",
 ]  # the part of the hook's name after "arskit_"
 
 SINGULAR: Mapping[Kind, str] = {
@@ -34,6 +41,7 @@ SINGULAR: Mapping[Kind, str] = {
     "evaluators": "evaluator",
     "data_sources": "data source",
     "servers": "serving engine",
+    "exporters": "export format",
 }
 
 PROMISES: Mapping[Kind, tuple[str, ...]] = {
@@ -44,6 +52,7 @@ PROMISES: Mapping[Kind, tuple[str, ...]] = {
     "evaluators": ("__call__",),
     "data_sources": ("fingerprint", "documents"),
     "servers": ("context", "slots", "prefill", "decode", "release", "close"),
+    "exporters": ("tolerance", "export", "open"),
 }
 """What every made thing of a kind has."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
 
-from ars_kit.deployment import Engine, Service
+from ars_kit.deployment import Engine, Exporter, Service
 from ars_kit.heredity import (
     Birth,
     Blend,
@@ -61,6 +61,7 @@ __all__ = [
     "Engine",
     "Evaluand",
     "Evaluator",
+    "Exporter",
     "Finishing",
     "GateStack",
     "Hint",
@@ -358,3 +359,7 @@ class Hooks:
         ``service`` is a :class:`Service`. One that the engine cannot serve is a ``ConfigError``
         that says why; ``--engine auto`` then asks the next engine.
         """
+
+    @hookspec
+    def arskit_exporters(self) -> Sequence[Offer[Exporter]]:  # type: ignore[empty-body]
+        """Export formats, chosen with ``--format NAME:key=value``."""

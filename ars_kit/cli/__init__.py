@@ -14,7 +14,7 @@ from ars_kit.cli.installation import completion, config, doctor
 from ars_kit.cli.members import evaluate, select, status, verify
 from ars_kit.cli.plugins import plugins as plugins_group
 from ars_kit.cli.reporting import compare, lineage, report
-from ars_kit.cli.serving import serve
+from ars_kit.cli.serving import export, serve
 from ars_kit.cli.training import plan, run
 from ars_kit.errors import ArsKitError
 
@@ -31,6 +31,7 @@ for _command in (
     config,
     doctor,
     evaluate,
+    export,
     grow,
     lineage,
     plan,

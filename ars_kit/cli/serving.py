@@ -1,4 +1,4 @@
-"""``arskit serve``."""
+"""``arskit export`` and ``arskit serve``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,64 @@ from typing import Any
 import click
 
 from ars_kit.cli.members import expand, names_in_run
-from ars_kit.cli.options import cache_folder, make_host, out_option
+from ars_kit.cli.options import cache_folder, echo_json, json_option, make_host, out_option
+
+
+@click.command()
+@click.argument("name", shell_complete=names_in_run)
+@click.option(
+    "--format",
+    "form",
+    default="onnx",
+    show_default=True,
+    help="onnx or genai, NAME or NAME:key=value.",
+)
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    show_default="NAME-FORMAT",
+    help="Directory to write; must not exist.",
+)
+@click.option("--data", help="Text to compare on, where it is not the run's own.")
+@out_option
+@json_option
+def export(
+    name: str, form: str, into: Path | None, data: str | None, out: Path, as_json: bool
+) -> None:
+    """Export a member, 'best', or any model directory, and prove that it computes the same."""
+    from itertools import islice
+
+    from ars_kit.durable import byte_count
+    from ars_kit.evaluating import heldout_text
+    from ars_kit.schema import parse_choice
+    from ars_kit_serving.checkpoints import open_checkpoint
+    from ars_kit_serving.export import Export, export_checkpoint
+    from ars_kit_serving.parity import JUDGED
+
+    host, choice = make_host(), parse_choice(form)
+    host.check("exporters", choice)
+    checkpoint = open_checkpoint(name, out)
+    overrides = {"data.source": data} if data else {}
+    windows = heldout_text(checkpoint.path, host, out, cache_folder(), overrides)
+    texts = [window.tolist() for window in islice(windows, JUDGED)]
+    target = into or Path(f"{checkpoint.name}-{choice.name}")
+    facts = export_checkpoint(Export(checkpoint, host, choice, target, texts))
+    if as_json:
+        echo_json(facts)
+        return
+    size = byte_count(facts["bytes"])
+    if "greedy" in facts:
+        click.echo(
+            f"{target}: {size}. Largest difference of a logit: {facts['largest_difference']:.3g}, "
+            f"the largest logit being {facts['largest_logit']:.3g}; greedy text from "
+            f"{facts['greedy']['equal']} of {facts['greedy']['prompts']} prompts is equal."
+        )
+    else:
+        click.echo(
+            f"{target}: {size}. Held-out loss {facts['loss']:.4f}, the model's "
+            f"{facts['loss_of_the_model']:.4f}; the most likely token is the same at "
+            f"{facts['agreement']:.1%} of {facts['compared']['tokens']} positions."
+        )
 
 
 @click.command()

@@ -27,7 +27,7 @@ from ars_kit_serving.logs import log_to_stderr
 from ars_kit_serving.scheduling import Scheduler
 from ars_kit_serving.tokenizing import ServedTokenizer
 
-AUTO = ("transformers",)
+AUTO = ("genai", "onnx", "transformers")
 """Engines that ``auto`` asks, in this order; the last one serves whatever can be served."""
 
 

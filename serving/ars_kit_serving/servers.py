@@ -25,7 +25,37 @@ def transformers(
     return EagerEngine(service, device=device, dtype=dtype)
 
 
+def genai(service: Service, *, precision: Literal["fp32", "int4"] = "fp32") -> Engine:
+    """Export once with onnxruntime-genai's builder, and run that in ONNX Runtime: fastest on a CPU.
+
+    Args:
+        service: what to serve.
+        precision: of the weights.
+    """
+    from ars_kit_serving.derived import derived_engine  # noqa: PLC0415 -- torch is slow
+    from ars_kit_serving.genai import GenaiExporter  # noqa: PLC0415 -- onnxruntime is slow
+
+    return derived_engine(service, GenaiExporter(precision=precision), f"genai-{precision}")
+
+
+def onnx(service: Service, *, precision: Literal["fp32", "fp16"] = "fp32") -> Engine:
+    """Export once to one ONNX graph, and run that in ONNX Runtime: any architecture, on a CPU.
+
+    Args:
+        service: what to serve.
+        precision: of weights and arithmetic.
+    """
+    from ars_kit_serving.decoder import OnnxExporter  # noqa: PLC0415 -- torch is slow
+    from ars_kit_serving.derived import derived_engine  # noqa: PLC0415 -- torch is slow
+
+    return derived_engine(service, OnnxExporter(precision=precision), f"onnx-{precision}")
+
+
 @hookimpl
 def arskit_servers() -> list[Offer[Engine]]:
     """Offer the engines."""
-    return [Offer("transformers", "any architecture, as transformers runs it", transformers)]
+    return [
+        Offer("genai", "an onnxruntime-genai export in ONNX Runtime, fastest on a CPU", genai),
+        Offer("onnx", "one ONNX graph in ONNX Runtime, for what genai cannot export", onnx),
+        Offer("transformers", "any architecture, as transformers runs it", transformers),
+    ]

@@ -1,0 +1,49 @@
+"""Engines that run an export: made once for each checkpoint, compared with it, and kept."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import numpy as np
+
+from ars_kit import __version__
+from ars_kit.durable import check_directory, discard
+from ars_kit.errors import ConfigError, ParityError
+from ars_kit.models import load_base_config
+from ars_kit.spec import Engine, Exporter, Service
+from ars_kit_serving.engines.context import context_of
+from ars_kit_serving.export import write_compared
+
+PROBES, PROBE = 4, 64
+"""Sequences of tokens, drawn at random, that a derived model is compared on, and their length."""
+
+
+def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
+    """Open a service's export, made now if it was not before.
+
+    Args:
+        service: what to serve.
+        exporter: of the format.
+        form: its name and settings; with the checkpoint's digest and the versions of those who
+            write and read it, it names the directory.
+
+    Raises:
+        ConfigError: the checkpoint cannot be exported, or computes something else when it is.
+    """
+    config = load_base_config(str(service.path.absolute()))
+    context = context_of(config, service)
+    versions = "-".join([__version__, version("onnxruntime")])
+    target = service.cache / f"{service.digest[:32]}-{form}-{versions}"
+    if target.is_dir() and check_directory(target):
+        service.say(f"{service.name}: its {form} export in the cache is damaged; made anew")
+        discard(target, scratch=service.cache)
+    if not target.is_dir():
+        service.say(f"{service.name}: exporting to {form}; this is done once")
+        size = int(config.get_text_config().vocab_size)
+        texts = np.random.default_rng(0).integers(0, size, (PROBES, PROBE)).tolist()
+        facts = {"format": form, "source": service.name, "source_sha256": service.digest}
+        try:
+            write_compared(exporter, service.path, target, texts, facts)
+        except ParityError as error:
+            raise ConfigError(f"its export does not compute the same: {error}") from error
+    return exporter.open(target, context=context, slots=service.slots)
