@@ -49,8 +49,10 @@ def lineage(early: float) -> Layout:
     """Return a chain whose cumulative cost at each member follows that member's scratch cost.
 
     The last member's lineage, which is the whole family, costs ``kappa`` times what that member
-    costs from scratch. An earlier one's costs up to ``1 + early`` times as much again, measured
-    by its own: it is cheap, and its heirs keep what it learned.
+    costs from scratch. The first one costs ``1 + early`` times as much again, measured by its own,
+    and those between them in between: more than their due where ``early`` is positive, since they
+    are cheap and their heirs keep what they learned; less where it is negative, since what they
+    spend the last one lacks.
     """
 
     def layout(scale: Scale, kappa: float) -> tuple[Member, ...]:
@@ -116,6 +118,9 @@ ARMS = {
     ),
     "prune": Arm(
         "the largest first, cut down, taught", prune, "prune", (1.05, 1.2), like="scratch"
+    ),
+    "late-lineage": Arm(
+        "likewise, more of it for the last", lineage(-0.3), "progressive", (1.0, 1.25)
     ),
     "jump": Arm("the smallest, then one growth", jump(0.3), "progressive", members=False),
     "trunk": Arm("a trunk that never cools, branches cooled", lineage(0.3), "trunk", ONCE),

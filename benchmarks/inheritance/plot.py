@@ -20,7 +20,8 @@ COLOURS = {
     "no-growth": "#D55E00",
     "prune": "#009E73",
     "jump": "#CC79A7",
-    "trunk": "#56B4E9",
+    "late-lineage": "#56B4E9",
+    "trunk": "#F0E442",
     "duplicate": "#E69F00",
     "distill": "#999999",
 }
