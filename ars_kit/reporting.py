@@ -303,6 +303,12 @@ def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
         series = {k: v for k, v in series.items() if any(x is not None for x in v)}
         plot = charts.bars("Cost", alt, names, series, y="dollars")
         yield Figure("Cost, estimated before the start and measured", alt, plot)
+    spent = sum(m.metrics.get("total_flops") or 0.0 for m in run.members)
+    if spent:
+        yield Text(
+            f"The members took {spent:.3g} FLOPs in all; what a strategy computes at a birth and "
+            "in a loss of its own is among them."
+        )
     yield sections.planned_table(run)
     yield sections.cost_table(scenarios(comparison))
 

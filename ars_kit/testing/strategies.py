@@ -38,7 +38,7 @@ def check_strategy(make: Make, *, seed: int = 0, thorough: bool = False) -> None
     Args:
         make: returns a new strategy; called several times.
         seed: of weights, text and draws.
-        thorough: every change of shape to every parent, not a choice of them: six times as long.
+        thorough: every change of shape to every parent, not a choice of them: three times as long.
 
     Raises:
         ConformanceError: the first rule broken, of these: it says whether it inherits; refuses in
