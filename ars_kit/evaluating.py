@@ -32,7 +32,6 @@ from ars_kit.schema import Choice
 from ars_kit.settings import Settings, resolve
 from ars_kit.source import NamedSource
 from ars_kit.spec import Assessment
-from ars_kit.spool import Progress
 from ars_kit.store import locate
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE, heldout_windows
 
@@ -133,14 +132,7 @@ def evaluate(
 
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
-    corpus = _corpus(
-        court.settings,
-        court.host,
-        court.cache,
-        path,
-        need_train=0 if court.whole else 1,
-        progress=court.watcher.preparing,
-    )
+    corpus = _corpus(court, path)
     checkpoint = checkpoint_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     device = torch.device(pick_device(court.settings.train.device))
@@ -181,33 +173,36 @@ def heldout_text(
         path: the directory.
         host: the installed plugins.
         out: the run folder, whose frozen settings apply where there are any.
-        cache: of prepared data.
+        cache: of prepared text.
         overrides: settings by ``section.key`` that take their place.
+
+    Raises:
+        DataError: the text cannot be had, or is too little.
     """
     frozen = out / FROZEN
     settings = resolve(overrides, {}, frozen if frozen.exists() else None)
-    corpus = _corpus(settings, host, cache, path, need_train=1)
-    return heldout_windows(corpus.heldout, settings.data.sequence_length)
-
-
-def _corpus(
-    settings: Settings,
-    host: Host,
-    cache: Path,
-    path: Path,
-    *,
-    need_train: int,
-    progress: Progress | None = None,
-) -> Corpus:
-    # The model's own tokenizer decides what its text looks like in tokens.
-    return prepare(
+    corpus = prepare(
         NamedSource(host, parse_source(settings.data.source, host)),
         tokenizer=_own_tokenizer(settings, path),
         cache=cache,
         heldout_fraction=settings.data.heldout_fraction,
-        need_train=need_train,
         need_heldout=2,
-        progress=progress,
+    )
+    return heldout_windows(corpus.heldout, settings.data.sequence_length)
+
+
+def _corpus(court: Court, path: Path) -> Corpus:
+    # The model's own tokenizer decides what its text looks like in tokens.
+    data = court.settings.data
+    source = NamedSource(court.host, parse_source(data.source, court.host))
+    return prepare(
+        source,
+        tokenizer=_own_tokenizer(court.settings, path),
+        cache=court.cache,
+        heldout_fraction=data.heldout_fraction,
+        need_train=0 if court.whole else 1,
+        need_heldout=2,
+        progress=court.watcher.preparing,
     )
 
 
