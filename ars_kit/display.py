@@ -112,6 +112,15 @@ class Display:
             f"past {event['batches']} batches"
         )
 
+    def judged(self, member: str, point: Mapping[str, Any]) -> None:
+        """Hear of a new point of the held-out curve."""
+        self.rows[member][4] = _figure(point["loss"], "{:.3f}")
+        self._update()
+
+    def aside(self, line: str) -> None:
+        """Hear that a tracker was put aside, and why."""
+        self._say(line)
+
     def finished(self, metrics: Mapping[str, Any]) -> None:
         """Hear that a member is committed."""
         heldout, damping = metrics.get("heldout_loss"), metrics["ars_damping_avg"]

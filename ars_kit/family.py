@@ -56,6 +56,10 @@ class FamilyWatcher(Watcher, Protocol):
         """Hear a committed member's metrics."""
         ...
 
+    def aside(self, line: str) -> None:
+        """Hear that a tracker was put aside, and why."""
+        ...
+
 
 @dataclass(slots=True)
 class Family:

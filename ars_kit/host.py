@@ -31,6 +31,7 @@ Kind = Literal[
     "data_sources",
     "servers",
     "exporters",
+    "trackers",
 ]  # the part of the hook's name after "arskit_"
 
 SINGULAR: Mapping[Kind, str] = {
@@ -42,6 +43,7 @@ SINGULAR: Mapping[Kind, str] = {
     "data_sources": "data source",
     "servers": "serving engine",
     "exporters": "export format",
+    "trackers": "tracker",
 }
 
 PROMISES: Mapping[Kind, tuple[str, ...]] = {
@@ -53,6 +55,7 @@ PROMISES: Mapping[Kind, tuple[str, ...]] = {
     "data_sources": ("fingerprint", "documents"),
     "servers": ("context", "slots", "prefill", "decode", "release", "close"),
     "exporters": ("tolerance", "export", "open"),
+    "trackers": ("start", "log", "finish"),
 }
 """What every made thing of a kind has."""
 

@@ -169,6 +169,8 @@ def plan_run(settings: Settings, host: Host) -> RunPlan:
     require_distinct(settings.run.evaluators)
     for evaluator in settings.run.evaluators:
         host.make("evaluators", evaluator)
+    for tracker in settings.run.trackers:
+        host.make("trackers", tracker)
     device = pick_device(settings.train.device)
     precision = _precision(settings.train.precision, device)
     members = _members(settings, host)

@@ -29,7 +29,7 @@ from ars_kit.schema import Choice, coerce, did_you_mean, parse_choice
 
 SUFFIX = ".toml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_TAKEN = ("best", "controls")
+_TAKEN = ("best", "controls", "trackers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _checked(members: list[Member]) -> tuple[Member, ...]:
         if not _NAME.fullmatch(member.name) or member.name in _TAKEN:
             raise ConfigError(
                 f"{member.name!r} cannot be a member's name: write letters, digits, _ and -, "
-                f"and not {' or '.join(_TAKEN)}"
+                f"and none of {', '.join(_TAKEN)}"
             )
         if member.name in [m.name for m in members[:i]]:
             raise ConfigError(f"member {member.name!r} is named twice")

@@ -29,6 +29,7 @@ from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, control_folder
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.tracking import tracking
 from ars_kit.train import Stop
 
 DATA_RECORD = "data.json"
@@ -88,8 +89,10 @@ def execute(
                 folder.write_text(CONTROL_RECORD, note)
         accelerator.wait_for_everyone()
         corpus = texts[plan.settings.data.source]
-        family = Family(plan, host, folder, corpus, texts, watcher, stop, accelerator)
-        metrics = run_family(family)
+        chosen = plan.settings.run.trackers if accelerator.is_main_process else ()
+        with tracking(plan, host, folder, watcher, chosen) as told:
+            family = Family(plan, host, folder, corpus, texts, told, stop, accelerator)
+            metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
             return metrics, None
         chosen = choose(folder, metrics, Rule())

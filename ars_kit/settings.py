@@ -144,6 +144,8 @@ class RunSettings:
     """Optimizer steps between training states."""
     log_every: int = 10
     """Optimizer steps between readings of the losses from the device."""
+    trackers: tuple[Choice, ...] = ()
+    """Trackers to tell of the training, beside history.jsonl."""
     heldout_every: int | None = None
     """Optimizer steps between points of the held-out curve; none draws no curve, unless controls
     are trained."""

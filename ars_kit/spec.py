@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
@@ -82,6 +83,8 @@ __all__ = [
     "Service",
     "Span",
     "StepSignal",
+    "TrackedRun",
+    "Tracker",
     "hookimpl",
     "hookspec",
     "like",
@@ -318,6 +321,48 @@ class Evaluator(Protocol):
         ...
 
 
+# --- Trackers ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """What a tracker is told of a run before its first step.
+
+    Attributes:
+        name: the run folder's; a control's stands behind it.
+        folder: an empty or earlier directory in the run folder, for files of the tracker's own.
+        settings: every setting by ``section.key``: numbers, text, true or false.
+        first_step: of the family, from which on steps will be told; more than 0 where a run goes
+            on, and then steps from there on may have been told before.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, bool | int | float | str]
+    first_step: int
+
+
+class Tracker(Protocol):
+    """Is told what a run records, in the main process, when the losses are read anyway.
+
+    It gets numbers that are on the host already, every ``run.log_every`` steps, so it makes no step
+    wait. One that fails at its start stops the run before it trains; one that fails later is put
+    aside, named, and the run goes on.
+    """
+
+    def start(self, run: TrackedRun) -> None:
+        """Begin, or go on."""
+        ...
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take figures by name, all finite, of a step counted over the whole family."""
+        ...
+
+    def finish(self) -> None:
+        """End; called however the run ended, once it was begun."""
+        ...
+
+
 # --- Hooks -------------------------------------------------------------------------------------
 
 
@@ -363,3 +408,7 @@ class Hooks:
     @hookspec
     def arskit_exporters(self) -> Sequence[Offer[Exporter]]:  # type: ignore[empty-body]
         """Export formats, chosen with ``--format NAME:key=value``."""
+
+    @hookspec
+    def arskit_trackers(self) -> Sequence[Offer[Tracker]]:  # type: ignore[empty-body]
+        """Trackers, chosen with ``--tracker NAME:key=value``."""

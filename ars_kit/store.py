@@ -49,7 +49,8 @@ BEST = "best.json"
 HISTORY = "history.jsonl"
 CURVE = "heldout.jsonl"
 CONTROLS = "controls"
-WRITTEN = ("report.md", "report.html", "control.json")
+TRACKERS = "trackers"
+WRITTEN = ("report.md", "report.html", "control.json", TRACKERS)
 """What a run writes about itself besides."""
 LOCK = "lock"
 

@@ -49,6 +49,10 @@ class Watcher(Protocol):
         """Hear that steps were undone, and why."""
         ...
 
+    def judged(self, member: str, point: Mapping[str, Any]) -> None:
+        """Hear of a new point of the held-out curve."""
+        ...
+
 
 @dataclass(slots=True)
 class Stop:
@@ -212,6 +216,7 @@ def judge_heldout(job: Trainee, done: int) -> None:
         job.folder.cut_history(name, done, name=CURVE)
         point = spent | curve.point(job.model, device)
         job.folder.append_history(name, [point], name=CURVE)
+        job.watcher.judged(name, point)
     job.accelerator.wait_for_everyone()
     job.meter.start(device)
 

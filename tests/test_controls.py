@@ -240,7 +240,7 @@ def test_starting_anew_takes_the_controls_along_unless_one_is_trained(
 
 
 def test_no_member_can_be_called_controls() -> None:
-    with pytest.raises(ConfigError, match="not best or controls"):
+    with pytest.raises(ConfigError, match="none of best, controls, trackers"):
         resolve({"family.members": "controls:num_hidden_layers=2"}, {})
 
 

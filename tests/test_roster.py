@@ -79,7 +79,7 @@ def test_depths_are_members_of_the_family_s_rule() -> None:
         ('[[member]]\nname = "a"\nnum_hidden_layers = "x"', "must be a whole number, not 'x'"),
         ('[[member]]\nname = "a"\nnum_hidden_layers = 0', "num_hidden_layers = 0 must be at least"),
         ('[[member]]\nname = "../a"\nnum_hidden_layers = 1', "cannot be a member's name"),
-        ('[[member]]\nname = "best"\nnum_hidden_layers = 1', "and not best or controls"),
+        ('[[member]]\nname = "best"\nnum_hidden_layers = 1', "and none of best, controls"),
         ('[[member]]\nname = "a"\nnum_hidden_layers = 1\n' * 2, "'a' is named twice"),
         ("[member]\nname = 'a'", "nothing but"),
         ("member = []", "at least one member"),

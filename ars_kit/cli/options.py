@@ -57,6 +57,7 @@ MANY: tuple[tuple[str, str, str], ...] = (
     ("--gate", "optimizer.gates", "Add a damping gate, NAME:key=value. Repeatable."),
     ("--no-gate", "optimizer.without", "Leave a damping gate out. Repeatable."),
     ("--eval", "run.evaluators", "Evaluator, NAME:key=value. Repeatable."),
+    ("--tracker", "run.trackers", "Tracker, NAME:key=value. Repeatable."),
 )
 SHELVES: Mapping[str, tuple[Kind, ...]] = {
     "family.strategy": ("strategies",),
@@ -66,6 +67,7 @@ SHELVES: Mapping[str, tuple[Kind, ...]] = {
     "optimizer.gates": ("gates",),
     "optimizer.without": ("gates",),
     "run.evaluators": ("evaluators",),
+    "run.trackers": ("trackers",),
 }
 """Where the names are that a setting chooses among."""
 
