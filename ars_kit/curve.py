@@ -61,7 +61,8 @@ class Curve:
         return cls(
             every=settings.run.heldout_every,
             windows=windows,
-            batch_size=settings.train.batch_size // settings.train.accumulation,
+            # Nothing is kept for a backward pass, so twice a micro-batch fits wherever one does.
+            batch_size=2 * settings.train.batch_size // settings.train.accumulation,
             forward_flops=flops_per_token / 3 * windows[:, 1:].size,
         )
 

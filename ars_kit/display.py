@@ -259,6 +259,8 @@ def fitted(
     headings: Sequence[str],
     rows: Sequence[Sequence[str]],
     spare: Sequence[str],
+    *,
+    names: int = 2,
 ) -> Table:
     """Return a table that fits the console: narrower gaps if need be, then columns left out.
 
@@ -267,16 +269,17 @@ def fitted(
         headings: of the columns.
         rows: their cells.
         spare: headings that may go, the first of them first.
+        names: columns at the left that are names, not figures.
     """
     dropped = 0
-    made = table(headings, rows)
+    made = table(headings, rows, names=names)
     endless = console.options.update_width(10_000)
     while Measurement.get(console, endless, made).maximum > console.width:
         if dropped > len(spare):
             break
         keep = [i for i, heading in enumerate(headings) if heading not in spare[:dropped]]
         cells = [[row[i] for i in keep] for row in rows]
-        made = table([headings[i] for i in keep], cells, gap=1, names=sum(i < 2 for i in keep))
+        made = table([headings[i] for i in keep], cells, gap=1, names=sum(i < names for i in keep))
         dropped += 1
     return made
 

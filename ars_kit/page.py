@@ -199,7 +199,7 @@ def _html_table(table: Table) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{_h(table.caption)}"><table>'
-        f"<caption>{_h(table.caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<caption><span>{_h(table.caption)}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>\n"
     )
 

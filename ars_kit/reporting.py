@@ -88,8 +88,8 @@ _LINEAGE = (
 
 
 def _checklist(run: RunRecord) -> Iterator[Block]:
-    rows = [[c.metric, c.expected, c.found, c.verdict] for c in checks(run)]
-    heads = ["metric", "the plan expects", "measured", "verdict"]
+    rows = [[c.metric, c.expected, c.verdict, c.found] for c in checks(run)]
+    heads = ["metric", "the plan expects", "verdict", "measured"]
     yield Table("The plan's six metrics and the trend it expects of each", heads, rows, names=4)
     yield Text(RULE)
 
@@ -245,12 +245,18 @@ def _damping(run: RunRecord) -> Iterator[Block]:
     marks = {k: v for k, v in {"skipped step": skipped, "went back": back}.items() if v}
     plot = charts.lines(
         "Damping", alt, drawn_lines, x="step of the family", y="factor; 1 is undamped",
-        marks=marks, labels=labels,
+        marks=marks, labels=labels, log=_wants_log(drawn_lines),
     )  # fmt: skip
     yield Figure("Damping over time, smoothed, and the gates that ever damped", alt, plot)
     if quiet:
         yield Text(f"Gates that never damped a step: {', '.join(quiet)}.")
     yield sections.gates_table(run)
+
+
+def _wants_log(drawn_lines: Sequence[charts.Line]) -> bool:
+    """Whether one line would flatten the rest: norm memory may amplify a tensor many times."""
+    values = [y for line in drawn_lines for y in line.ys]
+    return bool(values) and max(values) > 2 and min(values) > 0
 
 
 def _eased(values: Sequence[float]) -> list[float]:
@@ -310,6 +316,9 @@ def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
             "in a loss of its own is among them."
         )
     yield sections.planned_table(run)
+    yield Text(
+        "Times and costs are those of this machine, as busy as it was; FLOPs depend on neither."
+    )
     yield sections.cost_table(scenarios(comparison))
 
 

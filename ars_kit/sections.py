@@ -158,7 +158,7 @@ def family_table(run: RunRecord) -> Table:
                 dollars(f.get("cost")),
             ]
         )
-    return Table("The family", headings, rows, names=3)
+    return Table("Each member, and what its training cost", headings, rows, names=3)
 
 
 def judged_table(run: RunRecord) -> Table:

@@ -39,8 +39,9 @@ def checks(run: RunRecord) -> list[Check]:
     members = run.finished
     trained = [m for m in members if m.metrics.get("steps")]
     heirs = [m for m in trained if m.metrics["parent_model"] is not None]
-    damped = run.settings.optimizer.name.name == "ars"
-    spread = [(m.name, _unsteadiness(m) if damped else None) for m in trained]
+    spread = [(m.name, _unsteadiness(m)) for m in trained]
+    if not any(value for _, value in spread):  # nothing was ever damped
+        spread = [(name, None) for name, _ in spread]
     return [
         _trend("training loss", "falls", _of(trained, "final_loss"), "{:.3f}"),
         _equal("time", "stays equal", _of(heirs, "training_time"), "{:.1f} s"),

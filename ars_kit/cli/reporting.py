@@ -10,9 +10,14 @@ import click
 from ars_kit.cli.options import echo_json, json_option, make_console, out_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from ars_kit.page import Table
+
+SPARE = ("cost, $", "time (saved)", "control: FLOPs", "family's loss", "its FLOPs", "its loss")
+"""Columns of what it took that a narrow terminal goes without; the report has them all."""
 
 
 @click.command()
@@ -38,8 +43,9 @@ def compare(runs: tuple[Path, ...], metric: str, as_json: bool) -> None:
         echo_json({**found.facts(), "scenarios": [s.facts() for s in planned]})
         return
     console = make_console()
-    for table in (quality_table(found, metric), reached_table(found), cost_table(planned)):
-        _show(table, console)
+    _show(quality_table(found, metric), console)
+    _show(reached_table(found), console, SPARE)
+    _show(cost_table(planned), console, ("measured on", "planned time"))
     for note in found.notes:
         say(console, f"- {note}.")
 
@@ -84,11 +90,10 @@ def lineage(out: Path, as_json: bool) -> None:
         click.echo(problem, err=True)
 
 
-def _show(table: Table, console: Console) -> None:
-    from ars_kit.display import say
-    from ars_kit.display import table as shown
+def _show(table: Table, console: Console, spare: Sequence[str] = ()) -> None:
+    from ars_kit.display import fitted, say
 
     if table.rows:
         say(console, f"{table.caption}\n")
-        console.print(shown(table.headings, table.rows, names=table.names))
+        console.print(fitted(console, table.headings, table.rows, spare, names=table.names))
         say(console, "")
