@@ -89,8 +89,8 @@ def execute(
                 folder.write_text(CONTROL_RECORD, note)
         accelerator.wait_for_everyone()
         corpus = texts[plan.settings.data.source]
-        chosen = plan.settings.run.trackers if accelerator.is_main_process else ()
-        with tracking(plan, host, folder, watcher, chosen) as told:
+        trackers = plan.settings.run.trackers if accelerator.is_main_process else ()
+        with tracking(plan, host, folder, watcher, trackers) as told:
             family = Family(plan, host, folder, corpus, texts, told, stop, accelerator)
             metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
