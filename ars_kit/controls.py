@@ -80,7 +80,7 @@ def plan_controls(
             stand in for what they will have spent.
 
     Raises:
-        ConfigError: a control would be the family itself, or cannot be made of it.
+        ConfigError: a control would show nothing, as it would be the family itself; or cannot be.
     """
     return [_plan_control(name, plan, host, metrics) for name in plan.settings.run.controls]
 
@@ -91,7 +91,7 @@ def _plan_control(
     settings = plan.settings
     reason = _pointless(name, plan, host)
     if reason:
-        raise ConfigError(f"control {name!r} would be the family itself: {reason}. Drop it")
+        raise ConfigError(f"control {name!r} would show nothing: {reason}. Drop it")
     bare = replace(settings, run=replace(settings.run, controls=()))
     if name == "scratch":
         family = replace(settings.family, strategy=Choice("scratch"))
@@ -119,12 +119,14 @@ def _plan_control(
 def _pointless(name: str, plan: RunPlan, host: Host) -> str | None:
     settings = plan.settings
     if name == "scratch" and settings.family.strategy.name == "scratch":
-        return "its members start from scratch"
+        return "the family's members start from scratch"
     wrapper = settings.optimizer.name.name
     if name == "no-ars" and wrapper not in host.shelves["wrappers"]:
-        return f"its optimizer {wrapper} is no wrapper"
+        return f"the family's optimizer {wrapper} is no wrapper"
     if name in ALONE and len(plan.members) == 1:
-        return f"it has one member, {plan.members[0].name}"
+        return f"the family has one member, {plan.members[0].name}"
+    if name in ALONE and any(m.data != plan.members[0].data for m in plan.members):
+        return "one member alone cannot read the texts that the members have of their own"
     return None
 
 

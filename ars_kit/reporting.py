@@ -197,6 +197,8 @@ def _quality(run: RunRecord) -> Iterator[Block]:
         plot = charts.dots("Quality", alt, names, {"bits per byte": values}, y="bits per byte")
         yield Figure(caption, alt, plot)
     yield sections.judged_table(run)
+    if run.best and run.best.get("words"):
+        yield Text(f"Chosen as best: {run.best['words']}")
 
 
 def _bounded(member: MemberRecord, key: str) -> tuple[float, float, float] | None:

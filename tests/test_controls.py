@@ -97,11 +97,14 @@ def test_the_largest_alone_is_damped_as_the_largest_in_its_family(host: Host) ->
     assert long_run.budget == sum(m.flops for m in plan.members)
 
 
-def test_a_control_that_is_the_family_itself_is_refused(host: Host) -> None:
+def test_a_control_that_would_show_nothing_is_refused(host: Host) -> None:
+    own = "a:num_hidden_layers=2; b:num_hidden_layers=3,data=stdlib"
+    own = own.replace("2;", "2,data=other;")
     for flags, reason in (
         ({"family__strategy": "scratch", "run__controls": "scratch"}, "start from scratch"),
         ({"optimizer__name": "adamw", "run__controls": "no-ars"}, "adamw is no wrapper"),
         ({"family__members": "d3", "run__controls": "no-growth"}, "one member, d3"),
+        ({"family__members": own, "run__controls": "one-long-run"}, "texts that the members have"),
     ):
         plan = plan_of(host, **flags)
         with pytest.raises(ConfigError, match=reason):
