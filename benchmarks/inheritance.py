@@ -156,8 +156,13 @@ def _tuned(bench: Bench, chosen: list[str]) -> dict[str, tuple[float, float]]:
 
 def _arguments() -> list[str]:
     """Return the command line, its paths shortened to their names."""
-    given = (a for a in sys.argv[1:] if a != "--report-only")
-    return [Path(a).name if "/" in a else a for a in given]
+    given, places = sys.argv[1:], ("--work", "--out")
+    kept = [
+        a
+        for before, a in zip(["", *given], given, strict=False)
+        if a != "--report-only" and a not in places and before not in places
+    ]
+    return [Path(a).name if "/" in a else a for a in kept]
 
 
 if __name__ == "__main__":
