@@ -1,0 +1,69 @@
+"""Which engine serves: the one asked for, or the first that can, with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Scripted
+
+from ars_kit.errors import ConfigError
+from ars_kit.host import Host, Plugin
+from ars_kit.schema import Choice
+from ars_kit.spec import Offer, Service, hookimpl
+from ars_kit_serving.serve import AUTO, Serving, choose, is_loopback
+
+
+def choosing(engine: str, *able: str) -> tuple[str, list[str]]:
+    """Return the engine that is chosen where only ``able`` ones can serve, and what was said."""
+    made: list[str] = []
+
+    def maker(name: str) -> Any:
+        def make(service: Service) -> Any:
+            if name not in able:
+                raise ConfigError(f"it is no {name}")
+            made.append(name)
+            return Scripted([1], 4)
+
+        return make
+
+    class Module:
+        @staticmethod
+        @hookimpl
+        def arskit_servers() -> list[Offer[Any]]:
+            return [Offer(name, "for tests", maker(name)) for name in AUTO]
+
+    host = Host()
+    host.register(Module, Plugin("mine", "arskit-mine", "1"))
+    said: list[str] = []
+    here = Path()
+    service = Service("d18", here, "0", here, None, 1, said.append)
+    serving = Serving(
+        ["d18"], here, host, Choice(engine), here, "127.0.0.1", 0, None, (), None, 1, 1, 1, 1,
+        said.append,
+    )  # fmt: skip
+    choose(service, serving)
+    return made[0], said
+
+
+def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
+    assert choosing("auto", *AUTO) == ("genai", ["d18: engine genai (the first choice of auto)"])
+    name, said = choosing("auto", "transformers")
+    assert name == "transformers"
+    assert said == [
+        "d18: engine transformers (genai cannot: it is no genai; onnx cannot: it is no onnx)"
+    ]
+    with pytest.raises(ConfigError, match="no engine serves d18"):
+        choosing("auto")
+
+
+def test_an_engine_that_is_asked_for_is_never_replaced() -> None:
+    assert choosing("onnx", *AUTO) == ("onnx", ["d18: engine onnx, as asked for"])
+    with pytest.raises(ConfigError, match="it is no onnx"):
+        choosing("onnx", "transformers")
+
+
+def test_what_is_loopback_needs_no_key() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))
