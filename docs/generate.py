@@ -210,6 +210,8 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-bars": measured.bars,
     "stability-gates": measured.gates,
     "detector": measured.detector,
+    "evaluation-speed": measured.evaluation_speed,
+    "evaluation-prompt": measured.evaluation_prompt,
     "inheritance-conditions": measured.inheritance_conditions,
     "inheritance-arms": measured.inheritance_arms,
     "inheritance-bars": measured.bars,

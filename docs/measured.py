@@ -147,6 +147,52 @@ def detector(_: str) -> str:
     return f"{seen}\n\n{false}\n\n{tree['windows']:,} windows of 64 losses for each figure."
 
 
+def evaluation_speed(_: str) -> str:
+    """Return how much faster the evaluator is than the loop."""
+    tree = _read("evaluation")
+    rows = []
+    for s in tree["speed"]:
+        each = s["tokens_per_second"]
+        spread = f"{s['ratio_lowest']:.1f} to {s['ratio_highest']:.1f}"
+        rows.append(
+            [
+                f"{s['shape']}, {s['parameters']:,} parameters",
+                f"{s['documents']} {s['of']}, {s['tokens']:,} tokens",
+                f"{each['plain']:,.0f}",
+                f"{each['batched']:,.0f}",
+                f"{s['ratio']:.1f} ({spread})",
+                f"{s['largest_relative_difference']:.0e}",
+                "yes" if s["met"] else "**no**",
+            ]
+        )
+    heads = ["shape", "text", "loop, tokens/s", "batched", "times as fast", "differ by", "met"]
+    first = tree["speed"][0]
+    facts = (
+        f"Context {first['context']}, stride {first['stride']}, batch {first['batch_size']}; "
+        f"median (lowest to highest) of {first['rounds']} rounds in turns; {tree['threads']} thread of a "
+        f"shared {tree['machine']} CPU, torch {tree['torch']}, transformers {tree['transformers']}."
+    )
+    return f"{_table(heads, rows)}\n\n{facts}"
+
+
+def evaluation_prompt(_: str) -> str:
+    """Return what BLEU says with and without the prompt."""
+    found = _read("evaluation")["bleu"]
+    rows = [
+        [title, *(f"{found[f'{score}_{key}']:.1f}" for score in ("bleu", "chrf"))]
+        for title, key in (
+            ("the continuation alone", "continuation"),
+            ("prompt and continuation", "prompt_included"),
+        )
+    ]
+    facts = (
+        f"{found['member']}, {found['parameters']:,} parameters, trained on "
+        f"{found['trained_on_tokens']:,} tokens; {found['how'].partition(';')[0]}; "
+        f"`{found['signature']}`."
+    )
+    return f"{_table(['what is compared', 'BLEU', 'chrF'], rows)}\n\n{facts}"
+
+
 def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 

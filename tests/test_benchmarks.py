@@ -1,4 +1,4 @@
-"""The stability benchmark's own arithmetic, on the real code at a very small size."""
+"""The benchmarks' own arithmetic, on the real code at a very small size."""
 
 from __future__ import annotations
 
@@ -300,3 +300,36 @@ def test_the_command_writes_its_report(text_file: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in page
     assert "- ars-without-entropy: clean, corrupt-10, corrupt-2" in page
     assert out.with_suffix(".svg").read_text().count("<circle") == 22
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+def test_the_evaluator_and_the_loop_read_the_same(cache: Path, tmp_path: Path) -> None:
+    import evaluation
+
+    from ars_kit.models import build
+    from ars_kit.shapes import embedded_config
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i * i}: {'larger ' * (i % 5)}{i}" for i in range(600)))
+    corpus = evaluation.opened(str(text), cache, paragraphs=True)
+    assert corpus.facts.heldout_documents > 20
+    config = embedded_config(1, vocab_size=evaluation.VOCABULARY, context=16)
+    model = build(config, seed=0).eval()
+    member = evaluation.evaluand(model, corpus, context=16, tokens=300, batch_size=4)
+    found = evaluation.compare(member, 8, rounds=1)
+    assert found["tokens"] >= 300
+    assert found["largest_relative_difference"] < 1e-5
+    assert found["ratio_lowest"] == found["ratio"] == found["ratio_highest"] > 0
+
+
+def test_a_prompt_that_is_counted_flatters() -> None:
+    from evaluation import with_and_without_prompt
+
+    prompt = "the cat sat on the mat and looked at the moon "
+    found = with_and_without_prompt(
+        [{"prompt": prompt, "hypothesis": "until dawn", "reference": "all night long"}]
+    )
+    assert found["bleu_continuation"] < 1
+    assert found["bleu_prompt_included"] > 50
