@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,12 @@ class Rule:
         """Say it in words."""
         where = " of those with " + " and ".join(map(str, self.limits)) if self.limits else ""
         return f"{self.end} {self.metric}{where}"
+
+
+def usual_metric(family: Iterable[Mapping[str, Any]]) -> str:
+    """Return the figure that decides unless another is named: of text without a byte, the loss."""
+    measured = any(_is_figure(m.get(DEFAULT_METRIC)) for m in family)
+    return DEFAULT_METRIC if measured else "heldout_loss"
 
 
 def parse_limit(text: str) -> Limit:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ars_kit.choosing import Rule, choose, record_best
+from ars_kit.choosing import Rule, choose, record_best, usual_metric
 from ars_kit.controls import Control
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
@@ -95,7 +95,7 @@ def execute(
             metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
             return metrics, None
-        chosen = choose(folder, metrics, Rule())
+        chosen = choose(folder, metrics, Rule(usual_metric(metrics)))
         if accelerator.is_main_process:
             record_best(folder, chosen)
             write_report(out)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ars_kit.choosing import Limit, Rule, parse_limit, select
+from ars_kit.choosing import Limit, Rule, parse_limit, select, usual_metric
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.outcome import kept_judgements
@@ -212,3 +212,8 @@ def test_one_member_has_no_runner_up(tmp_path: Path) -> None:
     found = chosen(folder, Rule())
     assert found["runner_up"] is None
     assert found["words"].endswith("There is no other to choose from.")
+
+
+def test_without_a_byte_the_loss_decides() -> None:
+    assert usual_metric([{"bits_per_byte": None}, {"bits_per_byte": 1.0}]) == "bits_per_byte"
+    assert usual_metric([{"bits_per_byte": None, "heldout_loss": 2.0}]) == "heldout_loss"
