@@ -169,8 +169,8 @@ def evaluation_speed(_: str) -> str:
     first = tree["speed"][0]
     facts = (
         f"Context {first['context']}, stride {first['stride']}, batch {first['batch_size']}; "
-        f"median (lowest to highest) of {first['rounds']} rounds in turns; {tree['threads']} thread of a "
-        f"shared {tree['machine']} CPU, torch {tree['torch']}, transformers {tree['transformers']}."
+        f"median (lowest to highest) of {first['rounds']} rounds in turns; {tree['threads']} thread "
+        f"of a shared {tree['machine']} CPU, torch {tree['torch']}, transformers {tree['transformers']}."
     )
     return f"{_table(heads, rows)}\n\n{facts}"
 
