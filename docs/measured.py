@@ -167,11 +167,11 @@ def evaluation_speed(_: str) -> str:
         )
     heads = ["shape", "text", "loop, tokens/s", "batched", "times as fast", "differ by", "met"]
     first = tree["speed"][0]
-    facts = (
-        f"Context {first['context']}, stride {first['stride']}, batch {first['batch_size']}; "
-        f"median (lowest to highest) of {first['rounds']} rounds in turns; {tree['threads']} thread "
-        f"of a shared {tree['machine']} CPU, torch {tree['torch']}, transformers {tree['transformers']}."
-    )
+    windows = f"Context {first['context']}, stride {first['stride']}, batch {first['batch_size']}"
+    rounds = f"median (lowest to highest) of {first['rounds']} rounds in turns"
+    machine = f"{tree['threads']} thread of a shared {tree['machine']} CPU"
+    versions = f"torch {tree['torch']}, transformers {tree['transformers']}"
+    facts = f"{windows}; {rounds}; {machine}, {versions}."
     return f"{_table(heads, rows)}\n\n{facts}"
 
 
