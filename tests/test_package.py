@@ -97,17 +97,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(wheel, run, folder)
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(installed: Installed) -> None:
+def test_the_wheel_holds_every_module_and_page_and_nothing_else(installed: Installed) -> None:
     with zipfile.ZipFile(installed.wheel) as wheel:
         names = {n for n in wheel.namelist() if ".dist-info/" not in n}
     expected = {
         path.relative_to(root).as_posix()
         for package, root in PACKAGES.items()
         for path in (root / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in {".py", ".css", ".html"} or path.name == "py.typed"
     }
     assert names == expected
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert {"ars_kit/report.css", "ars_kit_serving/chat.html"} <= names
 
 
 def test_three_names_are_importable_and_no_others(installed: Installed) -> None:

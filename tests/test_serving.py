@@ -402,17 +402,18 @@ def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:
     error_of(client.post("/v1/completions", content=chunks()), 413)
 
 
-def test_every_route_but_health_wants_the_key(served: Model) -> None:
+def test_every_route_but_health_and_the_page_wants_the_key(served: Model) -> None:
     client = client_of(served, key="s3cret", hosts=None)
-    assert client.get("/health").status_code == 200
-    for path in ("/v1/models", "/metrics", "/openapi.json", "/", "/nowhere"):
+    for path in ("/health", "/"):
+        assert client.get(path).status_code == 200
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/index.html", "/nowhere"):
         assert error_of(client.get(path), 401)["code"] == "invalid_api_key"
         wrong = {"authorization": "Bearer s3crets"}
         error_of(client.get(path, headers=wrong), 401)
-    for given in ({"authorization": "Bearer s3cret"}, {"authorization": "Basic eDpzM2NyZXQ="}):
-        assert client.get("/v1/models", headers=given).status_code == 200
-    for given in ({"authorization": "Basic ///"}, {"authorization": "Bearer"}):
-        error_of(client.get("/v1/models", headers=given), 401)
+    given = {"authorization": "Bearer s3cret"}
+    assert client.get("/v1/models", headers=given).status_code == 200
+    for value in ("Basic eDpzM2NyZXQ=", "Basic ///", "Bearer"):  # what a browser would send unasked
+        error_of(client.get("/v1/models", headers={"authorization": value}), 401)
 
 
 def test_other_names_and_other_pages_may_not_ask(served: Model) -> None:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from ars_kit import __version__
 from ars_kit_serving.answers import ChatShape, CompletionShape, Shape, usage_of
+from ars_kit_serving.chat import chat_page
 from ars_kit_serving.failures import ApiError, no_model, too_long
 from ars_kit_serving.generation import Generation, Model, Order
 from ars_kit_serving.guard import Gate, Journal, Rules
@@ -268,6 +269,12 @@ def _add_routes(app: FastAPI) -> None:
         code: {"description": "An error, in OpenAI's form."}
         for code in (400, 401, 403, 404, 408, 413, 429)
     }
+
+    page = chat_page()
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return page
 
     @app.get("/health")
     async def health() -> dict[str, str]:

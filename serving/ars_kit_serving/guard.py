@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 import secrets
 import time
@@ -21,8 +19,8 @@ from ars_kit_serving.failures import ApiError
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.measures import Measures
 
-OPEN = frozenset({"/health"})
-"""Paths that need no key."""
+OPEN = frozenset({"/", "/health"})
+"""Paths that need no key: the chat page holds nothing, and asks its reader for the key."""
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -142,12 +140,11 @@ class Gate:
             return
         if compare_digest(_presented(headers).encode(), key.encode()):
             return
-        page = scope["path"] == "/"  # a browser then asks its user, and sends what it was told
         raise ApiError(
             401,
             "Incorrect API key provided. Send it as Authorization: Bearer KEY.",
             code="invalid_api_key",
-            headers={"www-authenticate": f'{"Basic" if page else "Bearer"} realm="arskit"'},
+            headers={"www-authenticate": 'Bearer realm="arskit"'},
         )
 
     async def _read(self, headers: Headers, receive: Receive) -> Receive:
@@ -197,13 +194,6 @@ def _hostname(url: str) -> str | None:
 
 
 def _presented(headers: Headers) -> str:
-    """Return the key of a request: a bearer's, or the password that a browser asked for."""
+    """Return the key of a request."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return ""
+    return value.strip() if scheme.lower() == "bearer" else ""
