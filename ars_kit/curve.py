@@ -19,8 +19,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ars_kit.tokens import heldout_windows
-
 if TYPE_CHECKING:
     from ars_kit.data import Corpus
     from ars_kit.settings import Settings
@@ -80,16 +78,10 @@ class Curve:
         began = time.perf_counter()
         was_training = model.training
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        with torch.no_grad():
-            for first in range(0, len(self.windows), self.batch_size):
-                window = torch.from_numpy(self.windows[first : first + self.batch_size]).to(device)
-                logits = model(input_ids=window[:, :-1], use_cache=False).logits
-                targets = window[:, 1:].flatten()
-                total += cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+        nats = heldout_nats(model, self.windows, self.batch_size, device)
         model.train(was_training)
         tokens = self.windows[:, 1:].size
-        loss = float(total) / tokens
+        loss = nats / tokens
         return {
             "loss": loss if np.isfinite(loss) else None,
             "judged_tokens": tokens,
@@ -108,7 +100,28 @@ def sample(corpus: Corpus, context: int, limit: int | None) -> npt.NDArray[np.in
     """
     have = len(corpus.heldout) if limit is None else min(len(corpus.heldout), limit + 1)
     context = min(context, have - 1)
-    whole = [w for w in heldout_windows(corpus.heldout, context, limit) if len(w) == context + 1]
-    count = min(len(whole), max(1, TOKENS // context))
-    places = np.linspace(0, len(whole) - 1, count).round().astype(int)
-    return np.stack([whole[place] for place in places])
+    whole = (have - 1) // context
+    count = min(whole, max(1, TOKENS // context))
+    begins = context * np.linspace(0, whole - 1, count).round().astype(int)
+    return np.stack([corpus.heldout[b : b + context + 1] for b in begins]).astype(np.int64)
+
+
+def heldout_nats(
+    model: nn.Module, windows: npt.NDArray[np.int64], batch_size: int, device: torch.device
+) -> float:
+    """Return the summed negative log-likelihood of every token but each window's first.
+
+    Args:
+        model: in eval mode.
+        windows: (n, context + 1) token ids.
+        batch_size: windows that fit the device at once.
+        device: the model's.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for first in range(0, len(windows), batch_size):
+            window = torch.from_numpy(windows[first : first + batch_size]).to(device)
+            logits = model(input_ids=window[:, :-1], use_cache=False).logits
+            targets = window[:, 1:].flatten()
+            total += cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+    return float(total)

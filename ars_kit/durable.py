@@ -211,6 +211,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def directory_hash(folder: Path) -> str:
+    """Return what identifies a directory's bytes: its manifest's sha256, or that of every file.
+
+    Args:
+        folder: verified, where it has a manifest.
+    """
+    if (folder / MANIFEST).is_file():
+        return sha256(folder / MANIFEST)
+    whole = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        whole.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
 def byte_count(count: float) -> str:
     """Return a number of bytes as a person says it: ``340 kB``, ``1.2 GB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):

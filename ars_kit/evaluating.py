@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ars_kit.data import Corpus, prepare
-from ars_kit.durable import MANIFEST, disk_errors, make_directory, sha256, write_atomically
+from ars_kit.durable import directory_hash, disk_errors, make_directory, sha256, write_atomically
 from ars_kit.errors import ConfigError
 from ars_kit.figures import device_name
 from ars_kit.host import Host
@@ -133,7 +133,7 @@ def evaluate(
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
     corpus = _corpus(court, path)
-    checkpoint = checkpoint_hash(path)
+    checkpoint = directory_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     device = torch.device(pick_device(court.settings.train.device))
     model: PreTrainedModel | None = None
@@ -213,21 +213,6 @@ def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
         is_ours and resolve({}, {}, path.parent / FROZEN).data.source == settings.data.source
     )
     return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
-
-
-def checkpoint_hash(path: Path) -> str:
-    """Return what identifies a model directory's bytes: its manifest's hash, or that of its files.
-
-    Args:
-        path: verified, where it has a manifest.
-    """
-    if (path / MANIFEST).is_file():
-        return sha256(path / MANIFEST)
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(f"{file.name}\0{sha256(file)}\0".encode())
-    return digest.hexdigest()
 
 
 def _identity(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -31,34 +31,18 @@ from ars_kit.tokens import Batches, Replayed
 from ars_kit.train import (
     Stop,
     Trainee,
-    Watcher,
     branch_of,
     mean_over_ranks,
     remember_peaks,
     seed_everything,
     train_member,
 )
+from ars_kit.watching import FamilyWatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ars_kit.plan import MemberPlan, RunPlan
-
-
-class FamilyWatcher(Watcher, Protocol):
-    """Told what happens to the family."""
-
-    def born(self, member: str, facts: Mapping[str, Any]) -> None:
-        """Hear that a member starts (or goes on) training."""
-        ...
-
-    def finished(self, metrics: Mapping[str, Any]) -> None:
-        """Hear a committed member's metrics."""
-        ...
-
-    def aside(self, line: str) -> None:
-        """Hear that a tracker was put aside, and why."""
-        ...
 
 
 @dataclass(slots=True)

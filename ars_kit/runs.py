@@ -14,7 +14,6 @@ from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import (
     Family,
-    FamilyWatcher,
     make_accelerator,
     run_family,
 )
@@ -31,6 +30,7 @@ from ars_kit.store import RunFolder, control_folder
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tracking import tracking
 from ars_kit.train import Stop
+from ars_kit.watching import FamilyWatcher
 
 DATA_RECORD = "data.json"
 

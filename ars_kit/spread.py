@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Student's t at 0.975 for 1, 2, ... degrees of freedom (any table; Fisher & Yates 1938).
-_T = (
+T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
     2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+"""Student's t at 0.975 for 1, 2, ... 30 degrees of freedom (any table; Fisher & Yates 1938)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Spread:
             return cls(1, mean)
         sd = statistics.stdev(found)
         # Beyond the table the last entry is a little too wide, which is the safe side.
-        half = _T[min(n - 1, len(_T)) - 1] * sd / math.sqrt(n)
+        half = T975[min(n - 1, len(T975)) - 1] * sd / math.sqrt(n)
         return cls(n, mean, sd, mean - half, mean + half)
 
     def shown(self, form: str = ".4f") -> str:

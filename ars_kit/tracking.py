@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ars_kit.errors import PluginError
 from ars_kit.host import Host
@@ -15,44 +15,17 @@ from ars_kit.schema import Choice
 from ars_kit.settings import Settings, spelled
 from ars_kit.spec import TrackedRun, Tracker
 from ars_kit.store import CONTROLS, TRACKERS, RunFolder
+from ars_kit.watching import FamilyWatcher
 
 if TYPE_CHECKING:
     from ars_kit.measure import Meter
     from ars_kit.plan import RunPlan
 
 
-class Watching(Protocol):
-    """What a run tells while it trains; see :class:`ars_kit.family.FamilyWatcher`."""
-
-    def born(self, member: str, facts: Mapping[str, Any]) -> None:
-        """Hear that a member starts."""
-        ...
-
-    def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
-        """Hear of steps that are over."""
-        ...
-
-    def went_back(self, member: str, event: Mapping[str, Any]) -> None:
-        """Hear that steps were undone."""
-        ...
-
-    def judged(self, member: str, point: Mapping[str, Any]) -> None:
-        """Hear of a point of the held-out curve."""
-        ...
-
-    def finished(self, metrics: Mapping[str, Any]) -> None:
-        """Hear a member's metrics."""
-        ...
-
-    def aside(self, line: str) -> None:
-        """Hear that a tracker was put aside, and why."""
-        ...
-
-
 @contextmanager
 def tracking(
-    plan: RunPlan, host: Host, folder: RunFolder, watcher: Watching, chosen: Sequence[Choice]
-) -> Iterator[Watching]:
+    plan: RunPlan, host: Host, folder: RunFolder, watcher: FamilyWatcher, chosen: Sequence[Choice]
+) -> Iterator[FamilyWatcher]:
     """Lend a watcher that tells the chosen trackers too; they end when this does.
 
     Raises:
@@ -77,7 +50,9 @@ class Tracked:
     Steps are counted over the whole family, so that its members stand one behind the other.
     """
 
-    def __init__(self, plan: RunPlan, host: Host, folder: RunFolder, watcher: Watching) -> None:
+    def __init__(
+        self, plan: RunPlan, host: Host, folder: RunFolder, watcher: FamilyWatcher
+    ) -> None:
         self.watcher, self._host, self._folder = watcher, host, folder
         self._settings = plan.settings
         self._trackers: dict[str, Tracker] = {}

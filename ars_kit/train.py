@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,22 +36,7 @@ if TYPE_CHECKING:
     from ars_kit.settings import Settings
     from ars_kit.store import RunFolder
     from ars_kit.tokens import Batches
-
-
-class Watcher(Protocol):
-    """Told what happens, so that somebody can look on."""
-
-    def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
-        """Hear of steps that were read from the device: ``done`` of the member's are over."""
-        ...
-
-    def went_back(self, member: str, event: Mapping[str, Any]) -> None:
-        """Hear that steps were undone, and why."""
-        ...
-
-    def judged(self, member: str, point: Mapping[str, Any]) -> None:
-        """Hear of a new point of the held-out curve."""
-        ...
+    from ars_kit.watching import Watcher
 
 
 @dataclass(slots=True)
@@ -213,7 +198,8 @@ def judge_heldout(job: Trainee, done: int) -> None:
             "seconds": job.meter.seconds,
             "flops": job.plan.flops / job.plan.tokens * job.meter.tokens + job.meter.loss_flops,
         }
-        job.folder.cut_history(name, done, name=CURVE)
+        if done == 0:  # a start that was cut short may have left its first point
+            job.folder.cut_history(name, 0, name=CURVE)
         point = spent | curve.point(job.model, device)
         job.folder.append_history(name, [point], name=CURVE)
         job.watcher.judged(name, point)

@@ -12,10 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers.utils.logging import disable_progress_bar
 
+from ars_kit.curve import heldout_nats
 from ars_kit.data import Corpus
 from ars_kit.host import Host
 from ars_kit.models import load_member
@@ -118,6 +119,12 @@ class Quiet:
     def went_back(self, member: str, event: Mapping[str, Any]) -> None:
         """Hear that steps were undone."""
 
+    def judged(self, member: str, point: Mapping[str, Any]) -> None:
+        """Hear of a point of a curve."""
+
+    def aside(self, line: str) -> None:
+        """Hear that a tracker was put aside."""
+
     def born(self, member: str, facts: Mapping[str, Any]) -> None:
         """Hear of a birth."""
 
@@ -201,19 +208,15 @@ def _born(
 
 def halves(model: Any, corpus: Corpus, scale: Scale) -> tuple[float, float]:
     """Return the mean loss over the first and the second half of the held-out text."""
-    windows = [w for w in heldout_windows(corpus.heldout, scale.context) if len(w) > scale.context]
-    rows = torch.stack([torch.from_numpy(w) for w in windows]).to(model.device)
-    middle = len(rows) // 2
-    return _loss(model, rows[:middle]), _loss(model, rows[middle:])
-
-
-@torch.inference_mode()
-def _loss(model: Any, rows: torch.Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for batch in rows.split(32):
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
-        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-    return float(total) / rows[:, 1:].numel()
+    windows = np.stack(
+        [w for w in heldout_windows(corpus.heldout, scale.context) if len(w) > scale.context]
+    )
+    middle = len(windows) // 2
+    first, second = (
+        heldout_nats(model, part, 32, model.device) / part[:, 1:].size
+        for part in (windows[:middle], windows[middle:])
+    )
+    return first, second
 
 
 def run_all(

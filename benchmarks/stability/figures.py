@@ -7,15 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ars_kit.spread import T975
+
 Scores = Mapping[int, float | None]
 """By seed; None where the run is dead."""
-
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""0.975 quantiles of Student's t at 1 to 30 degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,7 @@ def figure(scores: Scores) -> Figure:
     if len(living) == 1:
         return Figure(mean, None, len(scores), dead)
     freedom = len(living) - 1
-    t = _T[freedom - 1] if freedom <= len(_T) else 1.96
+    t = T975[freedom - 1] if freedom <= len(T975) else 1.96
     half = t * statistics.stdev(living) / math.sqrt(len(living))
     return Figure(mean, half, len(scores), dead)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class Answer:
         return piece
 
 
-class Shape:
+class Shape(ABC):
     """Fills OpenAI's types; what is the same in all of an answer's chunks is made once.
 
     Args:
@@ -70,21 +71,21 @@ class Shape:
         }
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
+    @abstractmethod
     def first(self, answer: Answer) -> str | None:
         """Return the chunk that opens a choice's stream, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, answer: Answer, piece: str, *, usage: bool) -> str:
         """Return a chunk as JSON text; takes the answer's unreported tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, usage: CompletionUsage) -> str:
         """Return the chunk that counts the tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def full(self, answers: Sequence[Answer], usage: CompletionUsage) -> str:
         """Return the whole answer as JSON text."""
-        raise NotImplementedError
 
 
 class CompletionShape(Shape):

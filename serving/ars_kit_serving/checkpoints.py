@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ars_kit.durable import MANIFEST, sha256
+from ars_kit.durable import directory_hash
 from ars_kit.errors import ConfigError
 from ars_kit.lineage import is_name
 from ars_kit.store import locate
@@ -54,7 +53,7 @@ def open_checkpoint(name: str, out: Path) -> Checkpoint:
         raise ConfigError(f"{path} holds no safetensors; weights in other formats are not read")
     config = load_base_config(str(path.absolute()))
     called = name if name == "best" or is_name(name) else path.resolve().name
-    return Checkpoint(called, path, _digest(path), config)
+    return Checkpoint(called, path, directory_hash(path), config)
 
 
 def _refuse_code(path: Path) -> None:
@@ -74,13 +73,3 @@ def _refuse_code(path: Path) -> None:
                 f"{file} names code of its own (auto_map), which is never run; use a checkpoint "
                 "without any"
             )
-
-
-def _digest(path: Path) -> str:
-    """Return a manifest's sha256, which stands for every file; or that of every file."""
-    if (path / MANIFEST).is_file():
-        return sha256(path / MANIFEST)
-    whole = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        whole.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
-    return whole.hexdigest()

@@ -7,7 +7,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -229,19 +230,17 @@ def _run(
         Server(config).run(sockets=[listener])
 
 
-class _told_to_stop:  # noqa: N801 -- a context manager
-    """Makes the signals that uvicorn raises again after its orderly end mean nothing more."""
+@contextmanager
+def _told_to_stop(say: Callable[[str], None]) -> Iterator[None]:
+    """Make the signals that uvicorn raises again after its orderly end mean nothing more."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def done(number: int, _: FrameType | None) -> None:
+        say(f"stopped by {signal.Signals(number).name}")
 
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self._done) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _done(self, number: int, _: FrameType | None) -> None:
-        self.say(f"stopped by {signal.Signals(number).name}")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+    before = {s: signal.signal(s, done) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
         sys.stderr.flush()
