@@ -87,7 +87,12 @@ def lines(
                 label=line.name,
             )
         if log:
-            axes.set_yscale("log")
+            from matplotlib.ticker import LogLocator  # noqa: PLC0415 -- as below
+
+            # Its own labels are TeX, which an SVG with text in the page's font shows as it stands.
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
         for at, (name, places) in enumerate((marks or {}).items()):
             bottom = [axes.get_ylim()[0]] * len(places)
             colour = _placeholder(f"c{(at + 3) % HUES}")

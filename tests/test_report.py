@@ -291,6 +291,13 @@ def test_the_commands_print_what_the_folder_says(controlled: Path) -> None:
     assert re.search(r"^scratch/d2 +done", shown, re.MULTILINE)
 
 
+def test_a_logarithmic_axis_is_labelled_in_plain_numbers() -> None:
+    line = charts.Line("gate", [0, 1, 2], [0.5, 1, 30], "c1")
+    plot = charts.lines("Damping", "damping", [line], x="step", y="factor", log=True)
+    assert "mathdefault" not in plot
+    assert re.search(r">\s*10\s*</text>", plot)
+
+
 def test_a_plot_is_the_same_each_time_and_escapes_its_words() -> None:
     def draw() -> str:
         line = charts.Line("a & <b>", [0, 1], [1, 2], "m0")
