@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,86 +13,18 @@ from ars_kit.durable import sha256
 from ars_kit.errors import ConfigError
 from ars_kit.outcome import kept_judgements, read_documents, read_metrics
 from ars_kit.resampling import CONFIDENCE, difference_interval
+from ars_kit.rules import DEFAULT_METRIC, Rule
 from ars_kit.schema import did_you_mean
 from ars_kit.store import BEST, RunFolder
 
-DEFAULT_METRIC = "bits_per_byte"
 PAIRED = frozenset({"bits_per_byte", "heldout_loss", "perplexity"})
 """Figures that are kept document by document."""
-_BETTER_HIGH = re.compile(
-    r"bleu|chrf|.*tokens_per_second.*|.*_(acc|acc_norm|acc_bytes|exact_match|f1|mcc|bleu|chrf)"
-)
-_LIMIT = re.compile(r"\s*(\w[\w.-]*)\s*(<=|>=)\s*([-+]?[\d_]*\.?\d+(?:[eE][-+]?\d+)?)\s*")
-
-Prefer = Literal["lowest", "highest"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A condition on a figure.
-
-    Attributes:
-        figure: its name in ``metrics.json``.
-        most: whether the bound is the largest that is allowed, else it is the smallest.
-        bound: in the figure's unit.
-    """
-
-    figure: str
-    most: bool
-    bound: float
-
-    def __str__(self) -> str:
-        """Say it in words."""
-        return f"{self.figure} {'at most' if self.most else 'at least'} {self.bound:,g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether a member with this figure may be chosen."""
-        return value <= self.bound if self.most else value >= self.bound
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How a member is chosen.
-
-    Attributes:
-        metric: the figure that decides.
-        prefer: which end of it; None: as is known of the figure, and the lowest otherwise.
-        limits: what every member that may be chosen has to meet.
-    """
-
-    metric: str = DEFAULT_METRIC
-    prefer: Prefer | None = None
-    limits: tuple[Limit, ...] = ()
-
-    @property
-    def end(self) -> Prefer:
-        """The end of the figure that wins."""
-        return self.prefer or ("highest" if _BETTER_HIGH.fullmatch(self.metric) else "lowest")
-
-    def __str__(self) -> str:
-        """Say it in words."""
-        where = " of those with " + " and ".join(map(str, self.limits)) if self.limits else ""
-        return f"{self.end} {self.metric}{where}"
 
 
 def usual_metric(family: Iterable[Mapping[str, Any]]) -> str:
     """Return the figure that decides unless another is named: of text without a byte, the loss."""
     measured = any(_is_figure(m.get(DEFAULT_METRIC)) for m in family)
     return DEFAULT_METRIC if measured else "heldout_loss"
-
-
-def parse_limit(text: str) -> Limit:
-    """Read ``FIGURE<=NUMBER`` or ``FIGURE>=NUMBER``.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    match = _LIMIT.fullmatch(text)
-    if match is None:
-        raise ConfigError(
-            f"cannot read the condition {text!r}; write FIGURE<=NUMBER or FIGURE>=NUMBER"
-        )
-    return Limit(match[1], match[2] == "<=", float(match[3]))
 
 
 def select(out: Path, rule: Rule, cache: Path) -> dict[str, Any]:
@@ -126,10 +56,10 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         rule: how.
 
     Returns:
-        ``member``, ``metric``, ``value``, ``rule``, ``left_out`` (why, by member), ``runner_up``,
-        ``margin`` (None without one), ``interval`` of the difference in bits per byte and its
-        ``confidence``, ``documents`` it was drawn from, ``distinguishable`` (None where nothing is
-        kept document by document), and ``words``.
+        ``member``, ``metric`` (``score`` of several), ``value``, ``rule``, ``left_out`` (why, by
+        member), ``runner_up``, ``margin`` (None without one), ``interval`` of the difference in
+        bits per byte and its ``confidence``, ``documents`` it was drawn from,
+        ``distinguishable`` (None where nothing is kept document by document), and ``words``.
 
     Raises:
         ConfigError: no member has such a figure, or none meets the limits.
@@ -137,18 +67,15 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
     """
     _require_figures(folder, family, rule)
     left_out = {str(m["model_id"]): why for m in family if (why := _objection(m, rule))}
-    ranked = sorted(
-        (m for m in family if m["model_id"] not in left_out),
-        key=lambda m: m[rule.metric] * (-1 if rule.end == "highest" else 1),
-    )
-    if not ranked:
+    candidates = [m for m in family if m["model_id"] not in left_out]
+    if not candidates:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ConfigError(f"no member is left to choose from. {reasons}")
-    best, *others = ranked
+    (best, value), *others = rule.ranked(candidates)
     record: dict[str, Any] = {
         "member": best["model_id"],
         "metric": rule.metric,
-        "value": best[rule.metric],
+        "value": value,
         "rule": str(rule),
         "left_out": left_out,
         "runner_up": None,
@@ -159,10 +86,11 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         "distinguishable": None,
     }
     if others:
-        record["runner_up"] = others[0]["model_id"]
-        record["margin"] = abs(others[0][rule.metric] - best[rule.metric])
+        runner_up, next_value = others[0]
+        record["runner_up"] = runner_up["model_id"]
+        record["margin"] = abs(next_value - value)
         if rule.metric in PAIRED:
-            record |= _paired(folder, str(best["model_id"]), str(others[0]["model_id"]))
+            record |= _paired(folder, str(best["model_id"]), str(runner_up["model_id"]))
     return {**record, "words": _words(record)}
 
 
@@ -197,7 +125,7 @@ def _is_figure(value: object) -> bool:
 
 def _require_figures(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -> None:
     known = sorted({k for m in family for k, v in m.items() if _is_figure(v)})
-    for name in dict.fromkeys((rule.metric, *(limit.figure for limit in rule.limits))):
+    for name in rule.figures:
         if name in known:
             continue
         measures = {"decode_tokens_per_second": "speed", "bleu": "bleu", "chrf": "bleu"}
@@ -221,7 +149,8 @@ def _objection(metrics: Mapping[str, Any], rule: Rule) -> str | None:
             return f"{limit.figure} was not measured"
         if not limit.holds(value):  # type: ignore[arg-type]  # a figure: the line above
             return f"{limit.figure} is {value:,.6g}"
-    return None if _is_figure(metrics.get(rule.metric)) else f"{rule.metric} was not measured"
+    missing = (a.figure for a in rule.aims if not _is_figure(metrics.get(a.figure)))
+    return next((f"{figure} was not measured" for figure in missing), None)
 
 
 def _paired(folder: RunFolder, best: str, other: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ars_kit.choosing import Rule, choose, record_best, usual_metric
+from ars_kit.choosing import choose, record_best, usual_metric
 from ars_kit.controls import Control
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
@@ -23,6 +23,7 @@ from ars_kit.plan import RunPlan, parse_source, require_batch
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
 from ars_kit.roster import parse_roster
+from ars_kit.rules import Aim, Rule
 from ars_kit.settings import Settings, differences, resolve, to_toml
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
@@ -95,7 +96,7 @@ def execute(
             metrics = run_family(family)
         if all(m.get("heldout_loss") is None for m in metrics):
             return metrics, None
-        chosen = choose(folder, metrics, Rule(usual_metric(metrics)))
+        chosen = choose(folder, metrics, Rule((Aim(usual_metric(metrics)),)))
         if accelerator.is_main_process:
             record_best(folder, chosen)
             write_report(out)

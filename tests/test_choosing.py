@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from ars_kit.choosing import Limit, Rule, parse_limit, select, usual_metric
+from ars_kit.choosing import select, usual_metric
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.outcome import kept_judgements
 from ars_kit.resampling import bits_per_byte, difference_interval, interval
+from ars_kit.rules import Aim, Limit, Rule, parse_aims, parse_limit
 from ars_kit.store import RunFolder, locate
 
 BYTES = np.full(40, 1000.0)
@@ -141,10 +145,10 @@ def test_a_budget_leaves_members_out_and_says_so(family: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("rule", "member"),
     [
-        (Rule("bleu"), "d2"),
-        (Rule("bleu", "lowest"), "d4"),
-        (Rule("parameters"), "d2"),
-        (Rule("parameters", "highest"), "d4"),
+        (Rule((Aim("bleu"),)), "d2"),
+        (Rule((Aim("bleu", "lowest"),)), "d4"),
+        (Rule((Aim("parameters"),)), "d2"),
+        (Rule((Aim("parameters", "highest"),)), "d4"),
     ],
 )
 def test_the_better_end_of_a_figure_is_known_or_said(
@@ -154,6 +158,70 @@ def test_the_better_end_of_a_figure_is_known_or_said(
     assert found["member"] == member
     assert found["interval"] is None
     assert "chance cannot be told from merit" in found["words"]
+
+
+def test_several_figures_are_weighed_by_how_near_each_comes_to_its_best(family: RunFolder) -> None:
+    found = chosen(family, Rule(parse_aims("bits_per_byte:3, bleu:1")))
+    scores = [(1.5 / 2.0) ** 0.75, (1.5 / 1.6) ** 0.75 * (2 / 3) ** 0.25, (1 / 3) ** 0.25]
+    assert found["member"] == "d3"
+    assert found["value"] == pytest.approx(scores[1])
+    assert found["runner_up"] == "d2"
+    assert found["margin"] == pytest.approx(scores[1] - scores[0])
+    assert found["metric"] == "score"
+    assert found["rule"] == "highest score by lowest bits_per_byte (75 %) and highest bleu (25 %)"
+    assert "score is not kept by document" in found["words"]
+
+
+def test_what_is_weighed_may_be_0_but_not_less(family: RunFolder) -> None:
+    commit(family, "d5", 1.2, parameters=300, bleu=0.0)
+    assert chosen(family, Rule(parse_aims("bits_per_byte:1,bleu:1")))["member"] == "d2"
+    commit(family, "d6", 1.2, parameters=300, bleu=-1.0)
+    with pytest.raises(ConfigError, match=r"bleu of d6 is -1; only figures of 0 and above"):
+        chosen(family, Rule(parse_aims("bits_per_byte:1,bleu:1")))
+
+
+@given(
+    values=st.lists(
+        st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=6, unique=True
+    ),
+    unit=st.floats(0.01, 100),
+)
+def test_neither_a_unit_nor_another_member_changes_a_weighed_ranking(
+    values: list[tuple[float, float]], unit: float
+) -> None:
+    rule = Rule(parse_aims("loss:2,bleu:1"))
+
+    def order(rows: list[tuple[float, float]], unit: float) -> list[str]:
+        family = [{"model_id": str(r), "loss": r[0] * unit, "bleu": r[1]} for r in rows]
+        logs = rule.values(family)
+        assume(all(abs(a / b - 1) > 1e-9 for a, b in itertools.combinations(logs, 2)))
+        return [str(m["model_id"]) for m, _ in rule.ranked(family)]
+
+    assert order(values, 1.0) == order(values, unit)
+    fewer = [name for name in order(values, 1.0) if name != str(values[0])]
+    assert order(values[1:], 1.0) == fewer
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bleu:", "cannot read 'bleu:'"),
+        ("bleu:0", "weights above 0"),
+        ("bleu:-1,chrf:1", "cannot read 'bleu:-1'"),
+        ("bleu:1e999", "weights above 0"),
+        ("bleu,chrf", "write FIGURE, or FIGURE:WEIGHT,FIGURE:WEIGHT"),
+        ("bleu:1,bleu:2", "names bleu twice"),
+    ],
+)
+def test_weights_that_are_none_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_aims(text)
+
+
+def test_an_end_goes_with_one_figure() -> None:
+    assert parse_aims("cost", "highest") == (Aim("cost", "highest"),)
+    with pytest.raises(ConfigError, match="--prefer goes with one figure"):
+        parse_aims("bleu:1,chrf:1", "lowest")
 
 
 def test_the_earlier_of_two_equals_wins(family: RunFolder) -> None:
@@ -180,7 +248,7 @@ def test_a_figure_measured_later_counts_where_the_text_is_the_same(
 
 def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:
     with pytest.raises(ConfigError, match=r"named 'blue' \(did you mean 'bleu'\?\)\. There are: b"):
-        chosen(family, Rule("blue"))
+        chosen(family, Rule((Aim("blue"),)))
 
 
 @pytest.mark.parametrize("text", ["cost", "cost<1", "cost<=x", "<=3", "cost<=1,5"])

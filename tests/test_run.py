@@ -236,7 +236,8 @@ def test_a_flipped_byte_in_an_ancestor_is_named(
 def test_damaged_records_are_named_and_never_shown(
     whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    from ars_kit.choosing import Rule, select
+    from ars_kit.choosing import select
+    from ars_kit.rules import Rule
     from ars_kit.errors import IntegrityError
     from ars_kit.outcome import status as read_status
 

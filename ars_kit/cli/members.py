@@ -135,7 +135,12 @@ def _print_figures(found: list[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.option("--metric", default="bits_per_byte", show_default=True, help="Figure that decides.")
+@click.option(
+    "--metric",
+    default="bits_per_byte",
+    show_default=True,
+    help="Figure that decides, or several by weight: FIGURE:WEIGHT,FIGURE:WEIGHT.",
+)
 @click.option(
     "--prefer",
     type=click.Choice(["lowest", "highest"]),
@@ -153,8 +158,8 @@ def _print_figures(found: list[dict[str, Any]]) -> None:
 @json_option
 def select(out: Path, as_json: bool, **options: Any) -> None:
     """Choose the best member and record it under the name 'best'."""
-    from ars_kit.choosing import Limit, Rule, parse_limit
     from ars_kit.choosing import select as choose
+    from ars_kit.rules import Limit, Rule, parse_aims, parse_limit
 
     limits = [parse_limit(text) for text in options["require"]]
     if options["max_params"] is not None:
@@ -162,7 +167,7 @@ def select(out: Path, as_json: bool, **options: Any) -> None:
     if options["min_tokens_per_second"] is not None:
         least = options["min_tokens_per_second"]
         limits.append(Limit("decode_tokens_per_second", most=False, bound=least))
-    rule = Rule(options["metric"], options["prefer"], tuple(limits))
+    rule = Rule(parse_aims(options["metric"], options["prefer"]), tuple(limits))
     record = choose(out, rule, cache_folder())
     if as_json:
         echo_json(record)
