@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Harness:
         if not tasks:
             raise ConfigError("'lm-eval' needs a task, such as lm-eval:tasks=arc_easy")
         self.tasks, self.fewshot, self.limit = tasks, fewshot, limit
+        self.manager = self._manager()  # now: an unknown task is said before anything is trained
 
     def __call__(self, member: Evaluand) -> Assessment:
         """Return every metric as ``TASK_METRIC``, its standard error beside it."""
@@ -73,9 +75,8 @@ class Harness:
 
     def _load(self) -> Any:
         """Return the tasks with their questions, as ``lm_eval.simple_evaluate`` sets them up."""
-        manager = self._manager()
         try:
-            loaded = manager.load(list(self.tasks))
+            loaded = self.manager.load(list(self.tasks))
         except Exception as error:  # of a hub, a file, or a task's own code: they share no class
             line = (str(error).strip().splitlines() or [repr(error)])[0]
             raise DataError(f"'lm-eval': {', '.join(self.tasks)} cannot be had: {line}") from error
@@ -88,13 +89,11 @@ class Harness:
 
     def _manager(self) -> Any:
         """Return the harness's index of tasks; its own are read only where one is asked for."""
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415 -- an extra
-
         files = [task for task in self.tasks if task.endswith(TASK_FILE)]
         missing = [file for file in files if not Path(file).is_file()]
         if missing:
             raise ConfigError(f"'lm-eval': there is no task file {missing[0]}")
-        manager = TaskManager(include_defaults=len(files) < len(self.tasks))
+        manager = _index(defaults=len(files) < len(self.tasks))
         for task in self.tasks:
             if task not in files and task not in manager.all_tasks:
                 raise ConfigError(
@@ -102,6 +101,14 @@ class Harness:
                     f"has, and a file of your own ends in {TASK_FILE[0]}"
                 )
         return manager
+
+
+@cache
+def _index(*, defaults: bool) -> Any:
+    """Return the harness's index; reading all of its thousands of tasks takes a while."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 -- an extra
+
+    return TaskManager(include_defaults=defaults)
 
 
 def _figures(results: Mapping[str, Mapping[str, Any]]) -> Any:
