@@ -209,6 +209,8 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-verdicts": measured.verdicts,
     "stability-bars": measured.bars,
     "stability-gates": measured.gates,
+    "stability-named": measured.named,
+    "stability-scores": measured.scores,
     "detector": measured.detector,
     "evaluation-speed": measured.evaluation_speed,
     "evaluation-prompt": measured.evaluation_prompt,

@@ -82,6 +82,33 @@ def gates(name: str) -> str:
     return _table(["provocation", *(m.replace("ars-", "") for m in left_out)], rows)
 
 
+def named(name: str) -> str:
+    """Return what ARS as planned and as published is worth beside ARS, minus clip."""
+    tree = _read(name)
+    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    rows = []
+    for provocation in tree["provocations"]:
+        clip = scores.get((provocation, "clip"), {})
+        cells = []
+        for method in ("ars-plan", "ars-paper", "ars"):
+            own = scores.get((provocation, method), {})
+            dead = sum(v is None for v in own.values())
+            words = f"dead {dead}/{len(own)}" if dead else f"{len(own)} of {len(own)} live"
+            cells.append(_figure(asdict(paired(own, clip))) or words)
+        rows.append([provocation, *cells])
+    return _table(["provocation", "ars-plan", "ars-paper", "ars"], rows)
+
+
+def scores(name: str) -> str:
+    """Return every method's mean score under each provocation, and its difference to clip."""
+    tree = _read(name)
+    rows = []
+    for r in tree["results"]:
+        clip = "-" if r["method"] == "clip" else _figure(r["against_clip"]) or "clip dead"
+        rows.append([r["provocation"], r["method"], _figure(r["score"]).lstrip("+"), clip])
+    return _table(["provocation", "method", "held-out loss", "minus clip"], rows)
+
+
 def inheritance_conditions(name: str) -> str:
     """Return what an inheritance result was measured on."""
     tree = _read(name)
