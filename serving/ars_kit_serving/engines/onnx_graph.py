@@ -19,7 +19,7 @@ class OnnxEngine(PaddedEngine):
         file: ``model.onnx``, as :mod:`ars_kit_serving.decoder` writes it.
         context: tokens a sequence may have.
         slots: sequences at once.
-        threads: that one operator may use; 0 for one a core.
+        threads: that one operator may use; 0 for one a core, but one for a small model.
 
     Raises:
         ConfigError: the runtime cannot run the graph.

@@ -17,18 +17,23 @@ CHUNK = 512
 """Tokens of a prompt that are computed at once: a graph returns logits for every one of them."""
 
 
+SMALL = 40_000_000
+"""Bytes of a model below which a second thread costs more than it computes."""
+
+
 def open_session(file: Path, threads: int) -> Any:
     """Open a graph on the CPU.
 
     Args:
         file: the model.
-        threads: that one operator may use; 0 for one a core.
+        threads: that one operator may use; 0 for one a core, but one for a small model.
 
     Raises:
         ConfigError: the runtime cannot run it.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    options.intra_op_num_threads = threads or int(size < SMALL)
     options.log_severity_level = 4  # what it logs as an error it raises as well
     # Threads that spin while they wait would take the cores that answers are sent from.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -30,7 +30,7 @@ class SharedBufferEngine:
         file: ``model.onnx``, as onnxruntime-genai's builder writes it with ``genai_config.json``.
         context: tokens a sequence may have.
         slots: sequences at once.
-        threads: that one operator may use; 0 for one a core.
+        threads: that one operator may use; 0 for one a core, but one for a small model.
 
     Raises:
         ConfigError: the runtime cannot run the graph, or it is not of that kind.
@@ -56,6 +56,8 @@ class SharedBufferEngine:
         }
         self._rows: list[int] = []  # the slot of each row in use; they are the first ones
         self._lengths: dict[int, int] = {}
+        self._binding: Any = None
+        self._bound_rows: slice | None = None
 
     def prefill(self, slot: int, tokens: Sequence[int]) -> Logits:
         """Compute a prompt in the first free row."""
@@ -89,21 +91,31 @@ class SharedBufferEngine:
         mask: npt.NDArray[np.int64],
         positions: npt.NDArray[Any],
     ) -> Logits:
-        binding = self._session.io_binding()
+        binding = self._bound(rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
         binding.bind_cpu_input("attention_mask", mask)
         if self._positions:
             spread = np.broadcast_to(positions.astype(np.int64), ids.shape)
             binding.bind_cpu_input("position_ids", np.ascontiguousarray(spread))
         binding.bind_output("logits", "cpu")
-        for name, buffer in self._buffers.items():
-            part = buffer[rows]
-            place = (part.dtype.type, part.shape, part.ctypes.data)
-            binding.bind_input(PAST + name, "cpu", 0, *place)
-            binding.bind_output(PRESENT + name, "cpu", 0, *place)
         self._session.run_with_iobinding(binding)
         logits: Logits = binding.get_outputs()[0].numpy()[:, -1].astype(np.float32)
         return logits
+
+    def _bound(self, rows: slice) -> Any:
+        """Return a binding of these rows' cache, the last one if it is theirs.
+
+        Naming two buffers a layer costs a small model as much as computing a token.
+        """
+        if rows != self._bound_rows:
+            self._binding, self._bound_rows = self._session.io_binding(), rows
+            self._binding.bind_output("logits", "cpu")  # the first of its outputs
+            for name, buffer in self._buffers.items():
+                part = buffer[rows]
+                place = (part.dtype.type, part.shape, part.ctypes.data)
+                self._binding.bind_input(PAST + name, "cpu", 0, *place)
+                self._binding.bind_output(PRESENT + name, "cpu", 0, *place)
+        return self._binding
 
     def release(self, slot: int) -> None:
         """Forget a sequence; the last row moves into its place."""
@@ -119,5 +131,6 @@ class SharedBufferEngine:
 
     def close(self) -> None:
         """Drop the session and the buffers."""
+        self._binding = self._bound_rows = None
         del self._session
         self._buffers = {}
