@@ -238,10 +238,28 @@ TEXTS = "[...document.querySelectorAll('.answer')].map(a => a.querySelector('p')
 NOTES = "[...document.querySelectorAll('.answer')].map(a => a.querySelector('.note').textContent)"
 
 
+def open_and_send(page: Page, url: str, asked: str) -> None:
+    """Open a link that asks, and press the button."""
+    page.open(f"{url}/?ask={asked}")
+    page.until("document.querySelector('#status').textContent.startsWith('The link asks')")
+    page.do("document.querySelector('#send').click()")
+
+
+@needs_browser
+def test_a_link_asks_nothing_before_the_button_is_pressed(
+    page: Page, url: str, models: dict[str, Model]
+) -> None:
+    page.open(f"{url}/?ask=a")
+    page.until("document.querySelector('#message').value === 'a'")
+    page.until("document.activeElement.id === 'send'")
+    assert page.do("document.querySelectorAll('.answer').length") == 0
+    assert all(model.scheduler.count_active() == 0 for model in models.values())
+
+
 @needs_browser
 def test_a_link_asks_and_the_answers_stand_side_by_side(page: Page, url: str) -> None:
     page.size(1100)
-    page.open(f"{url}/?ask=Wie%20gro%C3%9F%3F")
+    open_and_send(page, url, "Wie%20gro%C3%9F%3F")
     page.until(f"{ANSWERED}.length === 2")
     assert page.do("document.querySelector('h2').textContent") == "Wie groß?"
     assert page.do("[...document.querySelectorAll('h3')].map(h => h.textContent)") == ["d10", "d18"]
@@ -266,7 +284,7 @@ def test_a_link_asks_and_the_answers_stand_side_by_side(page: Page, url: str) ->
 def test_a_chat_goes_on_with_what_each_model_said_and_stop_frees_the_work(
     page: Page, url: str, models: dict[str, Model]
 ) -> None:
-    page.open(f"{url}/?ask=a")
+    open_and_send(page, url, "a")
     page.until(f"{ANSWERED}.length === 2")
     page.do("document.querySelector('[value=d10]').click()")
     page.do("document.querySelector('#max-tokens').value = 5000")
@@ -318,6 +336,8 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(page: Page, models: dict[str
         page.type("#key", "wrong")
         page.until("document.querySelector('#status').textContent.startsWith('Incorrect API key')")
         page.type("#key", "s3cret")
+        page.until("document.querySelector('#status').textContent.startsWith('The link asks')")
+        page.do("document.querySelector('#send').click()")
         page.until(f"{ANSWERED}.length === 2")
         assert page.do(TEXTS)[1].startswith("loss loss")
         assert page.do("document.querySelector('#key-form').hidden")

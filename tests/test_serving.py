@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,31 @@ def test_too_long_a_prompt_is_told_both_numbers(client: TestClient) -> None:
     assert "208" in error["message"]
 
 
+def test_a_text_that_cannot_fit_is_not_even_cut_into_tokens(
+    client: TestClient, served: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "loss " * 100_000
+    served.tokenizer.prompt(text)  # so long it may be where nobody says how many tokens fit
+
+    class Untouched:
+        def encode(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("it was cut")
+
+    monkeypatch.setattr(served.tokenizer, "_core", Untouched())
+    for route, change in (
+        ("completions", {"prompt": text}),
+        ("completions", {"prompt": ["a" * 200_000]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        ask = {"model": "tiny", **change}
+        error = error_of(client.post(f"/v1/{route}", json=ask), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] in change
+    longest = served.tokenizer._longest
+    with pytest.raises(AssertionError, match="it was cut"):
+        served.tokenizer.prompt("a" * longest * CONTEXT, CONTEXT)
+
+
 @pytest.mark.parametrize(
     "body", [b"{", b"\xff\xfe{}", b'"text"', b"[]", b"", b"[" * 100_000, b'{"model": NaN}']
 )
@@ -444,8 +470,6 @@ def test_a_browser_page_that_is_allowed_may_ask(served: Model) -> None:
 def test_a_full_queue_says_when_to_come_again(saying: Any) -> None:
     client, engine = saying("loss", slots=1, queue=1)
     engine.go.clear()
-    import threading
-
     threads = [
         threading.Thread(target=client.post, args=["/v1/completions"], kwargs={"json": ASK})
         for _ in range(2)
@@ -479,6 +503,26 @@ def test_a_request_that_takes_too_long_is_given_up(saying: Any, stream: bool) ->
         assert reply.headers["x-should-retry"] == "false"
     assert 'arskit_cancellations_total{model="tiny"} 1.0' in client.get("/metrics").text
     assert engine.steps < 100
+
+
+def test_the_time_that_a_prompt_takes_to_be_read_counts(
+    saying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = saying("loss", seconds=0.05)
+    tokenizer = client.app.state.desk.models["tiny"].tokenizer
+    go = threading.Event()
+
+    def slow(*_: Any) -> list[int]:
+        go.wait(20)
+        return [1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer, "prompt", slow)
+        reply = client.post("/v1/completions", json=ASK)
+        assert error_of(reply, 408)["code"] == "deadline_exceeded"
+        go.set()
+    assert engine.steps == 0
+    assert client.post("/v1/completions", json={**ASK, "max_tokens": 1}).status_code == 200
 
 
 def test_a_broken_engine_is_an_error_and_the_next_request_is_served(saying: Any) -> None:

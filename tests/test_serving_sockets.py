@@ -98,6 +98,15 @@ def test_a_client_that_leaves_frees_its_work_within_a_second(
     assert (running.engine.steps - steps) * running.engine.pause < 1
 
 
+def test_a_token_waits_for_no_acknowledgement_of_the_one_before(running: Running) -> None:
+    with running.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+        (protocol,) = running.server.server_state.connections
+        theirs = protocol.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_slow_readers_do_not_hold_up_the_others(running: Running) -> None:
     with contextlib.ExitStack() as slow:
         for _ in range(20):  # who never read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from ars_kit import __version__
 from ars_kit_serving.answers import ChatShape, CompletionShape, Shape, usage_of
 from ars_kit_serving.chat import chat_page
-from ars_kit_serving.failures import ApiError, no_model, too_long
+from ars_kit_serving.failures import ApiError, no_model, too_long, too_slow
 from ars_kit_serving.generation import Generation, Model, Order
 from ars_kit_serving.guard import Gate, Journal, Rules
 from ars_kit_serving.measures import Measures
@@ -69,11 +70,16 @@ class Desk:
         if refused:
             what, why = refused
             raise ApiError(400, f"{what}: {why}.", param=what, code="unsupported")
+        begun = time.monotonic()
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:  # in a thread: a long text takes a while, and others are being answered
-            prompts = await asyncio.to_thread(_prompts, model, request)
+            async with asyncio.timeout(self.seconds):
+                prompts = await asyncio.to_thread(_prompts, model, request)
+        except TimeoutError:
+            raise too_slow(self.seconds) from None
         except PromptError as error:
-            raise ApiError(400, f"{field}: {error}", param=field, code="invalid_prompt") from error
+            code = "context_length_exceeded" if error.long else "invalid_prompt"
+            raise ApiError(400, f"{field}: {error}", param=field, code=code) from error
         known = [*(max(p) for p in prompts), *(request.logit_bias or {})]
         if max(known) >= model.vocabulary:
             raise ApiError(
@@ -93,19 +99,20 @@ class Desk:
             stops=request.stops,
             limits=[_limit(request, len(p), scheduler.engine.context, field) for p in prompts],
             seconds=self.seconds,
+            begun=begun,
         )
 
 
 def _prompts(model: Model, request: CompletionRequest | ChatRequest) -> list[list[int]]:
-    tokenizer = model.tokenizer
+    tokenizer, most = model.tokenizer, model.scheduler.engine.context
     if isinstance(request, ChatRequest):
-        return [tokenizer.chat([message.plain() for message in request.messages])]
+        return [tokenizer.chat([message.plain() for message in request.messages], most)]
     prompt: Any = request.prompt if request.prompt is not None else ""
     if isinstance(prompt, str):
-        return [tokenizer.prompt(prompt)]
+        return [tokenizer.prompt(prompt, most)]
     if isinstance(prompt[0], int):
         return [prompt]
-    return [tokenizer.prompt(one) if isinstance(one, str) else one for one in prompt]
+    return [tokenizer.prompt(one, most) if isinstance(one, str) else one for one in prompt]
 
 
 def _reported(request: CompletionRequest | ChatRequest) -> int | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import numpy as np
 
-from ars_kit import __version__
 from ars_kit.durable import check_directory, discard
 from ars_kit.errors import ConfigError, ParityError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Engine, Exporter, Service
 from ars_kit_serving.engines.context import context_of
 from ars_kit_serving.export import write_compared
+from ars_kit_serving.kept import Failures, TransientError, clear_unused, path_of
 
 PROBES, PROBE = 4, 64
 """Sequences of tokens, drawn at random, that a derived model is compared on, and their length."""
@@ -21,23 +19,26 @@ PROBES, PROBE = 4, 64
 def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
     """Open a service's export, made now if it was not before.
 
+    Exports that nobody opened for a month are removed on the way.
+
     Args:
         service: what to serve.
         exporter: of the format.
-        form: its name and settings; with the checkpoint's digest and the versions of those who
-            write and read it, it names the directory.
+        form: its name and settings.
 
     Raises:
-        ConfigError: the checkpoint cannot be exported, or computes something else when it is.
+        ConfigError: the checkpoint cannot be exported, or computes something else when it is; or
+            that was found before, and is remembered.
     """
     config = load_base_config(str(service.path.absolute()))
     context = context_of(config, service)
-    versions = "-".join([__version__, version("onnxruntime")])
-    target = service.cache / f"{service.digest[:32]}-{form}-{versions}"
+    target = path_of(service, form)
     if target.is_dir() and check_directory(target):
         service.say(f"{service.name}: its {form} export in the cache is damaged; made anew")
         discard(target, scratch=service.cache)
     if not target.is_dir():
+        failures = Failures(target)
+        failures.raise_known()
         service.say(f"{service.name}: exporting to {form}; this is done once")
         size = int(config.get_text_config().vocab_size)
         texts = np.random.default_rng(0).integers(0, size, (PROBES, PROBE)).tolist()
@@ -45,5 +46,13 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
         try:
             write_compared(exporter, service.path, target, texts, facts)
         except ParityError as error:
-            raise ConfigError(f"its export does not compute the same: {error}") from error
+            reason = f"its export does not compute the same: {error}"
+            failures.remember(reason)
+            raise ConfigError(reason) from error
+        except TransientError:
+            raise
+        except ConfigError as error:
+            failures.remember(str(error))
+            raise
+    clear_unused(service, in_use=target)
     return exporter.open(target, context=context, slots=service.slots)

@@ -68,3 +68,13 @@ def too_long(prompt: int, answer: int, context: int) -> ApiError:
         code="context_length_exceeded",
         param="messages",
     )
+
+
+def too_slow(seconds: float) -> ApiError:
+    """Return the answer to a request whose time is up; asking again would end alike."""
+    return ApiError(
+        408,
+        f"The request was not done after {seconds:g} seconds; ask for fewer tokens, or stream.",
+        code="deadline_exceeded",
+        headers={"x-should-retry": "false"},
+    )

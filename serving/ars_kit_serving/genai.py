@@ -14,6 +14,7 @@ from ars_kit.errors import ConfigError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Engine
 from ars_kit_serving.engines.shared_buffers import SharedBufferEngine
+from ars_kit_serving.kept import TransientError
 
 MODEL = "model.onnx"
 TOLERANCE = 1e-4
@@ -33,6 +34,7 @@ class GenaiExporter:
 
         Raises:
             ConfigError: it is not installed, or does not know the architecture.
+            TransientError: it was killed.
         """
         if importlib.util.find_spec("onnxruntime_genai") is None:
             raise ConfigError("it is not installed; type: pip install onnxruntime-genai")
@@ -58,6 +60,11 @@ class GenaiExporter:
                 errors="replace",
                 check=False,
             )  # fmt: skip
+        if done.returncode < 0:
+            raise TransientError(
+                f"onnxruntime-genai's builder was killed by signal {-done.returncode}; it may "
+                "have been short of memory"
+            )
         if done.returncode or not (target / MODEL).is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [
                 "no reason given"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ars_kit_serving.answers import Answer
-from ars_kit_serving.failures import ApiError
+from ars_kit_serving.failures import ApiError, too_slow
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.measures import Measures
 from ars_kit_serving.sampling import Sampler, Sampling
@@ -19,9 +19,6 @@ from ars_kit_serving.tokenizing import ServedTokenizer
 
 RETRY_AFTER = "1"
 """Seconds to wait before a full queue is tried again."""
-
-NO_RETRY = {"x-should-retry": "false"}
-"""Tells OpenAI's clients that asking again would end alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,7 @@ class Order:
         stops: strings that end an answer.
         limits: tokens that an answer may have, by prompt.
         seconds: until it is given up.
+        begun: when it came, as :func:`time.monotonic` has it.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -62,6 +60,7 @@ class Order:
     stops: Sequence[str]
     limits: Sequence[int]
     seconds: float
+    begun: float
 
 
 class Generation:
@@ -95,9 +94,10 @@ class Generation:
             )
             for answer in self.answers
         ]
-        self._begun = time.monotonic()
+        self._begun = order.begun
         self._open = len(self._jobs)
-        self._clock = self._loop.call_later(order.seconds, self._steps.put_nowait, None)
+        left = order.begun + order.seconds - time.monotonic()
+        self._clock = self._loop.call_later(left, self._steps.put_nowait, None)
 
     def _deliver(self, steps: Sequence[tuple[Job, Step]]) -> None:
         if not self._loop.is_closed():
@@ -135,13 +135,7 @@ class Generation:
         while self._open:
             steps = await self._steps.get()
             if steps is None:
-                raise ApiError(
-                    408,
-                    f"The request was not done after {self.order.seconds:g} seconds; ask for "
-                    "fewer tokens, or stream.",
-                    code="deadline_exceeded",
-                    headers=NO_RETRY,
-                )
+                raise too_slow(self.order.seconds)
             if first:
                 first = False
                 waited = time.monotonic() - self._begun

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
 from transformers import GenerationConfig
 
 from ars_kit.tokens import load_pretrained
@@ -23,7 +24,16 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class PromptError(Exception):
-    """What was sent cannot be turned into a prompt; says why."""
+    """What was sent cannot be turned into a prompt; says why.
+
+    Args:
+        words: what is wrong.
+        long: it is too long for the model.
+    """
+
+    def __init__(self, words: str, *, long: bool = False) -> None:
+        super().__init__(words)
+        self.long = long
 
 
 def _alphabet() -> dict[str, int]:
@@ -52,6 +62,7 @@ class ServedTokenizer:
         self._added = {i: str(t) for i, t in self._own.added_tokens_decoder.items()}
         self._byte_level = "ByteLevel" in repr(self._core.decoder)
         self._bytes = _alphabet()
+        self._longest = self._longest_token()
         self.size = max(self._own.get_vocab().values()) + 1
         self.ends = self._end_tokens(path)
         self.token_bytes: Callable[[int], bytes] = lru_cache(maxsize=1 << 16)(self._bytes_of)
@@ -63,19 +74,41 @@ class ServedTokenizer:
             ends |= set(named if isinstance(named, list) else [] if named is None else [named])
         return frozenset(ends)
 
-    def prompt(self, text: str) -> list[int]:
+    def _longest_token(self) -> int:
+        """Return the characters that a token stands for at most; 0 where that is not known.
+
+        A byte-level piece has a character for each byte. An added token may take any number of
+        spaces beside it, and so may what normalizes; but of Unicode's own forms none makes one
+        character of more than four (https://www.unicode.org/reports/tr15/).
+        """
+        normalizer = self._core.normalizer
+        composed = 4 if isinstance(normalizer, NFC | NFD | NFKC | NFKD) else 1
+        strips = any(t.lstrip or t.rstrip for t in self._own.added_tokens_decoder.values())
+        if not self._byte_level or (normalizer is not None and composed == 1) or strips:
+            return 0
+        return composed * max(map(len, self._own.get_vocab()))
+
+    def prompt(self, text: str, most: int | None = None) -> list[int]:
         """Return a text's tokens; an empty one becomes the token that texts begin with.
 
-        Raises:
-            PromptError: it is no Unicode text.
-        """
-        return self._encode(text, special=True) or [self._first()]
+        Args:
+            text: whole.
+            most: tokens it may have; one that must have more is not even cut into them.
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        Raises:
+            PromptError: it is no Unicode text, or far too long.
+        """
+        return self._encode(text, most, special=True) or [self._first()]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], most: int | None = None) -> list[int]:
         """Return a conversation's tokens, up to where the answer begins.
 
+        Args:
+            messages: from the first to the last.
+            most: as for :meth:`prompt`.
+
         Raises:
-            PromptError: the template refuses it, in the template's words.
+            PromptError: the template refuses it, in the template's words; or it is far too long.
         """
         try:
             text = self._own.apply_chat_template(
@@ -87,9 +120,15 @@ class ServedTokenizer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
         # A template of the tokenizer's own writes the special tokens itself.
-        return self._encode(text, special=self._template is None) or [self._first()]
+        return self._encode(text, most, special=self._template is None) or [self._first()]
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
+    def _encode(self, text: str, most: int | None, *, special: bool) -> list[int]:
+        if most is not None and self._longest and len(text) > most * self._longest:
+            raise PromptError(
+                f"this model's maximum context length is {most} tokens; a text of {len(text)} "
+                "characters has more",
+                long=True,
+            )
         try:
             found: list[int] = self._core.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError) as error:

@@ -1,0 +1,104 @@
+"""What is kept of exports between two starts of a server: themselves, and which ones failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ars_kit import __version__
+from ars_kit.durable import byte_count, discard, make_directory, write_atomically
+from ars_kit.errors import ConfigError
+from ars_kit.spec import Service
+
+DAYS = 30
+"""An export that no server opened for so long is removed."""
+
+FAILED = ".failed.json"
+
+
+class TransientError(ConfigError):
+    """An export failed for a reason that may be gone the next time. Exit code 3."""
+
+
+def path_of(service: Service, form: str) -> Path:
+    """Return where a service's export of a form is kept.
+
+    Its name holds the checkpoint's digest and the versions of those who write and read it.
+    """
+    versions = "-".join([__version__, version("onnxruntime")])
+    return service.cache / f"{service.digest[:32]}-{form}-{versions}"
+
+
+class Failures:
+    """Remembers that an export failed, so that the next start need not try.
+
+    What failed is tried again as soon as one of the packages it depends on has another version.
+
+    Args:
+        target: where the export would be.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.file = target.with_name(target.name + FAILED)
+
+    def raise_known(self) -> None:
+        """Say again what was found before.
+
+        Raises:
+            ConfigError: it failed, with the versions that are installed now.
+        """
+        try:
+            found: Any = json.loads(self.file.read_text(encoding="utf-8"))
+            known = found["versions"] == _versions()
+            reason, when = str(found["reason"]), str(found["when"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # never failed, or its note cannot be read: try
+        if known:
+            raise ConfigError(f"{reason} (found {when}; to try again, remove {self.file})")
+
+    def remember(self, reason: str) -> None:
+        """Write a failure down."""
+        found = {"reason": reason, "when": time.strftime("%Y-%m-%d"), "versions": _versions()}
+        make_directory(self.file.parent)
+        write_atomically(self.file, json.dumps(found, indent=1) + "\n", scratch=self.file.parent)
+
+
+def clear_unused(service: Service, in_use: Path) -> None:
+    """Remove exports, and notes of failures, that are older than a month; says what they held.
+
+    Args:
+        service: whose cache it is.
+        in_use: an export that is opened now: its month begins anew.
+    """
+    try:
+        os.utime(in_use)
+    except OSError:
+        return  # a cache that is only read: whoever writes it clears it
+    oldest, count, size = time.time() - DAYS * 86400, 0, 0
+    for entry in sorted(service.cache.iterdir()):
+        mine = entry.name.endswith(FAILED) or (entry / "manifest.json").is_file()
+        if not mine or entry.stat().st_mtime >= oldest:
+            continue
+        if entry.is_dir():
+            count += 1
+            size += sum(file.stat().st_size for file in entry.iterdir())
+        discard(entry, scratch=service.cache)
+    if count:
+        many = f"{count} export{'s' * (count > 1)}"
+        service.say(
+            f"removed {many} ({byte_count(size)}) from {service.cache}, not served for {DAYS} days"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"ars-kit": __version__}
+    for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
