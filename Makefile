@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench detector stability report docs package-check clean
+.PHONY: run test lint kill-test bench serving-bench detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -26,6 +26,10 @@ kill-test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+
+serving-bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
+	$(BIN)/python benchmarks/export.py --json benchmarks/results/export.json
 
 detector: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/detector.py

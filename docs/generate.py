@@ -217,6 +217,11 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "inheritance-conditions": measured.inheritance_conditions,
     "inheritance-arms": measured.inheritance_arms,
     "inheritance-bars": measured.bars,
+    "serving-conditions": measured.serving_conditions,
+    "serving-speed": measured.serving_speed,
+    "serving-bars": measured.bars,
+    "export-conditions": measured.export_conditions,
+    "export-formats": measured.export_formats,
 }
 
 

@@ -220,6 +220,103 @@ def evaluation_prompt(_: str) -> str:
     return f"{_table(['what is compared', 'BLEU', 'chrF'], rows)}\n\n{facts}"
 
 
+def serving_speed(name: str) -> str:
+    """Return what clients of each server saw."""
+    tree = _read(name)
+    rows = []
+    for checkpoint in tree["checkpoints"]:
+        size = f"{checkpoint['parameters'] / 1e6:.0f}M"
+        rows += [[size, *_served(row)] for row in checkpoint["rows"]]
+    heads = ["model", "clients", "server", "tokens/s", "first token, ms", "between tokens, ms"]
+    heads += ["tokens per CPU-second", "times transformers serve"]
+    return _table(heads, rows)
+
+
+def _served(row: dict[str, Any]) -> list[str]:
+    return [
+        str(row["clients"]),
+        row["server"].replace("generate()", "`generate()`"),
+        _spread(row["tokens_per_second"], 1, 0),
+        _spread(row.get("first_token_seconds"), 1000, 0),
+        _spread(row.get("between_tokens_seconds"), 1000, 1),
+        _spread(row["tokens_per_cpu_second"], 1, 0),
+        _spread(row.get("ratio"), 1, 1),
+    ]
+
+
+def serving_conditions(name: str) -> str:
+    """Return what servers were measured on, and how."""
+    tree = _read(name)
+    facts = tree["facts"]
+    lines = [
+        f"{c['parameters']:,} parameters (Qwen2, random weights): answers of {c['tokens']} tokens; "
+        + ", ".join(f"{n} requests of {k} clients" for k, n in c["requests"].items())
+        + f"; {c['rounds']} rounds, every server once in each, in an order drawn anew"
+        for c in tree["checkpoints"]
+    ]
+    lines += [
+        f"each server held to {facts['cores']} core, the clients on what is left",
+        *_how(facts),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def export_formats(name: str) -> str:
+    """Return what each format costs and gives."""
+    rows = []
+    for checkpoint in _read(name)["checkpoints"]:
+        trained = f"{checkpoint['training']} steps" if checkpoint["training"] else "not"
+        for r in checkpoint["formats"]:
+            speed = r["tokens_per_cpu_second"]
+            rows.append(
+                [
+                    f"{checkpoint['parameters'] / 1e6:.0f}M, {trained} trained",
+                    r["format"],
+                    f"{r['bytes'] / 1e6:.1f} MB",
+                    *(_spread(speed[rows], 1, 0) for rows in ("1", "8")),
+                    _parity(r["parity"]),
+                ]
+            )
+    heads = ["model", "format", "size", "tokens per CPU-second, batch 1", "batch 8", "parity"]
+    return _table(heads, rows)
+
+
+def export_conditions(name: str) -> str:
+    """Return what formats were measured on, and how."""
+    tree = _read(name)
+    rounds = {c["formats"][0]["tokens_per_cpu_second"]["1"]["rounds"] for c in tree["checkpoints"]}
+    turns = f"decoding alone, in turns, {' and '.join(map(str, sorted(rounds)))} rounds; one thread"
+    return "\n".join(f"- {line}" for line in [turns, *_how(tree["facts"])])
+
+
+def _parity(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    if found["refused"]:
+        return f"**refused**: {found['refused']}"
+    if "agreement" in found:
+        return (
+            f"loss {found['loss']:.3f}, the model's {found['loss_of_the_model']:.3f}; "
+            f"{found['agreement']:.1%} of the most likely tokens"
+        )
+    return f"logits differ by {found['largest_difference']:.0e} of {found['largest_logit']:.0f}"
+
+
+def _spread(found: dict[str, Any] | None, factor: float, digits: int) -> str:
+    """Return a median, and the lowest and highest of the rounds."""
+    if found is None:
+        return "-"
+    middle, low, high = (
+        f"{found[k] * factor:,.{digits}f}" for k in ("median", "lowest", "highest")
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def _how(facts: dict[str, Any]) -> list[str]:
+    environment = ", ".join(f"{k} {v}" for k, v in facts["environment"].items())
+    return ["median (lowest to highest) of the rounds", f"`{facts['command']}`", environment]
+
+
 def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 

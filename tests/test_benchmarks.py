@@ -333,3 +333,54 @@ def test_a_prompt_that_is_counted_flatters() -> None:
     )
     assert found["bleu_continuation"] < 1
     assert found["bleu_prompt_included"] > 50
+
+
+# --- serving and export ----------------------------------------------------------------------
+
+
+def test_the_serving_benchmark_measures_every_server(tmp_path: Path) -> None:
+    """The whole of it at its smallest, on real servers."""
+    target = tmp_path / "serving.json"
+    command = [sys.executable, str(ROOT / "serving.py"), "--tiny", "--json", str(target)]
+    subprocess.run([*command, "--engine", "transformers"], check=True, capture_output=True)
+    (found,) = json.loads(target.read_text())["checkpoints"]
+    assert {(r["server"], r["clients"]) for r in found["rows"]} == {
+        ("arskit serve, transformers", 1),
+        ("arskit serve, transformers", 2),
+        ("transformers serve", 1),
+        ("transformers serve", 2),
+        ("generate()", 1),
+    }
+    for row in found["rows"]:
+        assert row["tokens_per_second"]["median"] > 0
+        assert (row["server"] == "transformers serve") == ("ratio" not in row)
+
+
+def test_the_bars_of_serving_are_judged_round_by_round() -> None:
+    from serving import DEFAULT, GENERATE, TRANSFORMERS, judge
+
+    def rounds(*speeds: float) -> list[dict[str, float | None]]:
+        return [{"tokens_per_second": speed} for speed in speeds]
+
+    cells: Any = {
+        (DEFAULT, 8): rounds(300, 30, 500),
+        (TRANSFORMERS, 8): rounds(100, 10, 100),  # a slow round is slow for both
+        (DEFAULT, 1): rounds(40, 50, 60),
+        (GENERATE, 1): rounds(10, 11, 12),
+    }
+    first, second = judge(cells, "x")
+    assert (first["met"], first["figures"]) == (True, "3.0 (3.0 to 5.0)")
+    assert (second["met"], second["figures"]) == (False, "4.5 (4.0 to 5.0)")
+    assert judge({}, "x")[0]["met"] is None
+
+
+def test_the_export_benchmark_makes_compares_and_times(tmp_path: Path, monkeypatch: Any) -> None:
+    import export as bench
+
+    monkeypatch.setattr(bench, "FORMATS", {"genai": bench.FORMATS["genai"]})
+    found = bench.formats("tiny", bench.SIZES["tiny"], tmp_path)
+    rows = {row["format"]: row for row in found["formats"]}
+    assert set(rows) == {bench.EAGER, "genai"}
+    assert rows["genai"]["parity"]["refused"] is None
+    for row in rows.values():
+        assert {r["rounds"] for r in row["tokens_per_cpu_second"].values()} == {1}

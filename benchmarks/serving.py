@@ -1,0 +1,224 @@
+"""How fast ``arskit serve`` answers, against ``transformers serve`` and ``generate()``.
+
+All servers hold the same checkpoint and stand ready at once; in each round every one of them gets
+the same load in an order drawn anew, while the others stand still. Ratios are of the same round.
+Clients stream ``/v1/completions``, greedily, and answers have a fixed number of tokens. The time to
+the first token is that to the first text; between tokens is the rest of an answer's time over its
+other tokens. Medians over the clients of a round, then over rounds.
+
+A server that runs already is measured too: ``--also vllm=http://127.0.0.1:9000/v1=MODEL``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from speed.checkpoints import SHAPES, prompts, write_checkpoint
+from speed.clients import Load, measure
+from speed.figures import facts, spread
+from speed.servers import TRANSFORMERS, Server, arskit, on_cores, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GENERATE = "generate()"
+DEFAULT = "arskit serve, genai"
+"""What ``auto`` chooses for these checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How a checkpoint is measured.
+
+    Attributes:
+        rounds: in which every server is measured once.
+        tokens: of each answer.
+        requests: by number of clients.
+        letters: of each prompt.
+    """
+
+    rounds: int
+    tokens: int
+    requests: Mapping[int, int]
+    letters: int = 96
+
+
+SIZES = {
+    "tiny": Size(1, 4, {1: 1, 2: 2}, 16),
+    "2M": Size(5, 64, {1: 4, 8: 16, 32: 32}),
+    "57M": Size(3, 24, {1: 2, 8: 8, 32: 32}),
+}
+
+Cells = dict[tuple[str, int], list[dict[str, float | None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """How many times as fast as another the default is to be.
+
+    Attributes:
+        than: the other's name.
+        clients: how many ask.
+        ratio: of tokens a second.
+    """
+
+    than: str
+    clients: int
+    ratio: float
+
+
+BARS = (Bar(TRANSFORMERS, 8, 3.0), Bar(GENERATE, 1, 5.0))
+
+
+class Eager:
+    """``generate()`` on one prompt after another, in this process."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def measure(self, load: Load) -> dict[str, float | None]:
+        """Return tokens a second, and a CPU-second."""
+        asked = [
+            self.tokenizer(load.prompts[n % len(load.prompts)], return_tensors="pt")
+            for n in range(load.requests)
+        ]
+        begun, cpu = time.perf_counter(), time.process_time()
+        for one in asked:
+            made = self.model.generate(**one, max_new_tokens=load.tokens, do_sample=False)
+            if made.shape[1] != one["input_ids"].shape[1] + load.tokens:
+                raise SystemExit("generate() stopped early")
+        tokens = load.requests * load.tokens
+        return {
+            "tokens_per_second": tokens / (time.perf_counter() - begun),
+            "tokens_per_cpu_second": tokens / (time.process_time() - cpu),
+        }
+
+
+def rounds(servers: Sequence[Server], eager: Eager, size: Size) -> Cells:
+    """Measure every server at every number of clients, round by round."""
+    texts = prompts(max(size.requests.values()), size.letters)
+    loads = [Load(n, count, size.tokens, texts) for n, count in size.requests.items()]
+    ways: dict[str, Any] = {s.name: lambda load, s=s: measure(s, load) for s in servers}
+    cells: Cells = {}
+    for way in (*ways.values(), eager.measure):  # warm, and not timed
+        way(replace(loads[0], requests=1, tokens=2))
+    draw = random.Random(0)
+    for number in range(size.rounds):
+        for load in draw.sample(loads, len(loads)):
+            now = {**ways, GENERATE: eager.measure} if load.clients == 1 else ways
+            for name in draw.sample(list(now), len(now)):
+                cells.setdefault((name, load.clients), []).append(now[name](load))
+        click.echo(f"round {number + 1} of {size.rounds}", err=True)
+    return cells
+
+
+def figures(cells: Cells) -> list[dict[str, Any]]:
+    """Return each server's medians at each number of clients, and its ratio to transformers'."""
+    rows = []
+    for (name, clients), found in cells.items():
+        row: dict[str, Any] = {"server": name, "clients": clients}
+        for key in found[0]:
+            values = [f[key] for f in found]
+            row[key] = None if None in values else spread(values)
+        peer = cells.get((TRANSFORMERS, clients))
+        if peer is not None and name != TRANSFORMERS:
+            row["ratio"] = spread(ratios(found, peer))
+        rows.append(row)
+    order = list(dict.fromkeys(name for name, _ in cells))
+    return sorted(rows, key=lambda r: (r["clients"], order.index(r["server"])))
+
+
+def ratios(
+    one: Sequence[Mapping[str, float | None]], other: Sequence[Mapping[str, float | None]]
+) -> list[float]:
+    """Return how many times as fast one was, round by round."""
+    key = "tokens_per_second"
+    return [(a[key] or 0) / (b[key] or 1) for a, b in zip(one, other, strict=True)]
+
+
+def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
+    """Return which bars the default met."""
+    judged = []
+    for bar in BARS:
+        mine, peer = cells.get((DEFAULT, bar.clients)), cells.get((bar.than, bar.clients))
+        many = f"{bar.clients} client{'s' * (bar.clients > 1)}"
+        claim = f"{checkpoint}: {bar.ratio:g} times as fast as {bar.than} for {many}"
+        if mine is None or peer is None:
+            judged.append({"claim": claim, "met": None, "figures": "-"})
+            continue
+        found = spread(ratios(mine, peer))
+        text = f"{found['median']:.1f} ({found['lowest']:.1f} to {found['highest']:.1f})"
+        judged.append({"claim": claim, "met": found["median"] >= bar.ratio, "figures": text})
+    return judged
+
+
+@click.command(help=(__doc__ or "").partition("\n")[0])
+@click.option("--size", "sizes", multiple=True, type=click.Choice(list(SIZES)), help="Repeatable.")
+@click.option("--tiny", is_flag=True, help="A checkpoint and loads so small that nothing is shown.")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    default=("genai", "onnx", "transformers"),
+    show_default=True,
+    help="Of arskit serve. Repeatable.",
+)
+@click.option("--cores", default=1, show_default=True, help="That each server may use.")
+@click.option("--also", multiple=True, metavar="NAME=URL=MODEL", help="A server that runs already.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the figures here.")
+def main(
+    sizes: tuple[str, ...],
+    tiny: bool,
+    engines: tuple[str, ...],
+    cores: int,
+    also: tuple[str, ...],
+    target: Path | None,
+) -> None:
+    """Measure, print, and write the figures where they are asked for."""
+    chosen = ("tiny",) if tiny else sizes or ("2M", "57M")
+    others = [Server(*one.split("=", 2)) for one in also]
+    torch.set_num_threads(cores)
+    report: dict[str, Any] = {"facts": {**facts(), "cores": cores}, "checkpoints": [], "bars": []}
+    for name in chosen:
+        with ExitStack() as stack:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            checkpoint = work / name
+            parameters = write_checkpoint(SHAPES[name], checkpoint)
+            servers = list(others)
+            starting = [
+                *(arskit(e, checkpoint, work) for e in engines),
+                transformers(checkpoint, work),
+            ]
+            for one in starting:
+                with on_cores(cores):
+                    servers.append(stack.enter_context(one))
+                servers[-1].sleep()
+            cells = rounds(servers, Eager(checkpoint), SIZES[name])
+        size = SIZES[name]
+        report["checkpoints"].append(
+            {
+                "name": name,
+                "parameters": parameters,
+                "rounds": size.rounds,
+                "tokens": size.tokens,
+                "requests": {str(n): count for n, count in size.requests.items()},
+                "rows": figures(cells),
+            }
+        )
+        report["bars"] += judge(cells, name)
+    click.echo(json.dumps(report["bars"], indent=1))
+    if target:
+        target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

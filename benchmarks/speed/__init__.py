@@ -1,0 +1,1 @@
+"""What the benchmarks of serving and of export share: checkpoints, servers, clients, figures."""

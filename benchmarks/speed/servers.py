@@ -1,0 +1,149 @@
+"""Servers in processes of their own, of which only the one that is measured may run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PATIENCE = 300.0
+"""Seconds in which a server must have started; an export is part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        name: in the results.
+        url: ends in ``/v1``.
+        model: what it calls the checkpoint.
+        process: its process; None for one that was there before.
+    """
+
+    name: str
+    url: str
+    model: str
+    process: psutil.Process | None = None
+
+    def family(self) -> list[psutil.Process]:
+        """Return its process and all below it."""
+        if self.process is None:
+            return []
+        return [self.process, *self.process.children(recursive=True)]
+
+    def cpu_seconds(self) -> float | None:
+        """Return what it has used so far, where that can be seen."""
+        times = [process.cpu_times() for process in self.family()]
+        return sum(t.user + t.system for t in times) if times else None
+
+    def sleep(self) -> None:
+        """Make it stand still."""
+        for process in self.family():
+            process.suspend()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run for a while; the others stand still meanwhile."""
+        for process in self.family():
+            process.resume()
+        try:
+            yield
+        finally:
+            self.sleep()
+
+
+@contextmanager
+def arskit(engine: str, checkpoint: Path, work: Path) -> Iterator[Server]:
+    """Run ``arskit serve`` with its defaults and an engine."""
+    command = [sys.executable, "-m", "ars_kit", "serve", str(checkpoint), "--port", "0"]
+    command += ["--engine", engine]
+    log = work / f"{checkpoint.name}-{engine}.log"
+    with _running(command, log, {"ARSKIT_CACHE": str(work / "cache")}) as process:
+        url = _until_ready(process, log, lambda: log.read_text(encoding="utf-8").partition("\n")[0])
+        yield Server(f"arskit serve, {engine}", url, checkpoint.name, psutil.Process(process.pid))
+
+
+@contextmanager
+def transformers(checkpoint: Path, work: Path) -> Iterator[Server]:
+    """Run ``transformers serve --continuous-batching``."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = Path(sys.executable).parent / "transformers"
+    command = [str(program), "serve", str(checkpoint), "--continuous-batching"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = work / f"{checkpoint.name}-transformers-serve.log"
+    url = f"http://127.0.0.1:{port}"
+
+    def answering() -> str:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 -- our own
+                return f"{url}/v1"
+        except (urllib.error.URLError, OSError):
+            return ""
+
+    with _running(command, log, {}) as process:
+        _until_ready(process, log, answering)
+        yield Server(TRANSFORMERS, f"{url}/v1", str(checkpoint), psutil.Process(process.pid))
+
+
+TRANSFORMERS = "transformers serve"
+
+
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Start processes that may use so many cores, and have as many threads for arithmetic.
+
+    Torch's threads wait for each other in every operator: with more of them than cores that are
+    free, they hardly get on.
+    """
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[-count:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], log: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    errors = log.with_suffix(".err")
+    with log.open("wb") as out, errors.open("wb") as err:
+        process = subprocess.Popen(  # noqa: S603 -- programs of this environment
+            command,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment},
+            stdout=out,
+            stderr=err,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _until_ready(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], str]) -> str:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        if url := ready():
+            return url
+        time.sleep(0.1)
+    said = log.with_suffix(".err").read_text(encoding="utf-8", errors="replace")
+    raise SystemExit(f"{process.args} does not answer. It said:\n{said[-2000:]}")
