@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench serving-bench detector stability report docs package-check clean
+.PHONY: run test lint kill-test bench serving-bench fuzz crowd soak detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -33,6 +33,19 @@ serving-bench: $(VENV)/.installed-dev
 
 detector: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/detector.py
+
+# At length what the tests do for seconds: 10,000 fuzzed requests, 200 clients that dawdle beside 20
+# that do not, an hour under load.
+fuzz: $(VENV)/.installed-dev
+	ARSKIT_FUZZ_CASES=5000 $(BIN)/python -m pytest -q -s --timeout 0 tests/test_serving_fuzz.py
+
+crowd: $(VENV)/.installed-dev
+	ARSKIT_CROWD=200,20 $(BIN)/python -m pytest -q -s tests/test_serving_load.py -k crowd
+
+SOAK_SECONDS ?= 3600
+soak: $(VENV)/.installed-dev
+	ARSKIT_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -q -s --timeout 0 \
+		tests/test_serving_load.py -k memory
 
 # On the standard library's text; the published figures name theirs with --text.
 stability: $(VENV)/.installed-dev

@@ -144,23 +144,32 @@ def test_a_body_that_does_not_come_is_answered(running: Running) -> None:
 
 
 @contextlib.contextmanager
-def command(*arguments: str, **environment: str) -> Iterator[tuple[Any, str]]:
-    """Run ``arskit serve`` in a process of its own; yields it and its base URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ars_kit", "serve", *arguments, "--port", "0"],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline().strip()
-        assert line, process.communicate()[1]
-        yield process, line
-    finally:
-        process.kill()
-        process.communicate()
+def command(
+    *arguments: str, log: Path | None = None, **environment: str
+) -> Iterator[tuple[Any, str]]:
+    """Run ``arskit serve`` in a process of its own; yields it and its base URL.
+
+    Args:
+        arguments: of the command.
+        log: takes its stderr; a pipe by default, which a long log would fill.
+        environment: variables.
+    """
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ars_kit", "serve", *arguments, "--port", "0"],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("w")),
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline().strip()
+            assert line, process.communicate()[1]
+            yield process, line
+        finally:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
