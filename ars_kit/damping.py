@@ -40,6 +40,7 @@ class Memory:
         steps: asked for so far.
         last: gradient factor times step factor of the step before.
         loss: told of the step to come.
+        arriving: waits for that loss as the mean over all ranks, where it was sent ahead.
         used: identifies the gradients that the last step was made of.
         answers: of the gates that were asked already about a step that broke off.
         intact: weights and moments are those after a whole step; False where the base broke off.
@@ -48,6 +49,7 @@ class Memory:
     steps: int = 0
     last: Tensor | None = None
     loss: Tensor | None = None
+    arriving: Callable[[], Tensor] | None = None
     used: tuple[int, int] | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     intact: bool = True
@@ -62,7 +64,8 @@ class DampedOptimizer(Optimizer):
     Args:
         base: the optimizer; its ``param_groups`` and ``state`` stay its own.
         gates: by name, in the order they are asked; their factors multiply.
-        reduce: means a 0-d loss over all ranks, so that all damp alike.
+        reduce: means a 0-d loss over all ranks, so that all damp alike. One with a method
+            ``begin``, which returns what waits for the mean, lets :meth:`send` overlap it.
         fold: let a fused base apply the factors itself; by default wherever it can and the
             parameters are on an accelerator.
         owners: the plugin that each gate comes from, and under None that of the base, for
@@ -163,7 +166,7 @@ class DampedOptimizer(Optimizer):
         memory, found = self._memory, self._gradients()
         if found and found != memory.used:
             # No step was made of them: a GradScaler left it out. Their loss goes with them.
-            memory.loss = None
+            memory.loss = memory.arriving = None
         self.base.zero_grad(set_to_none)
         memory.used = self._gradients()
 
@@ -187,6 +190,17 @@ class DampedOptimizer(Optimizer):
         share = _one_number(loss, self._device())
         told = self._memory.loss
         self._memory.loss = share if told is None else told + share
+
+    def send(self) -> None:
+        """Begin to mean the loss over all ranks, once all of this step's is observed.
+
+        Called before the backward pass, the reduction runs beside it and the step finds it done.
+        Does nothing where there is nothing to reduce, or no way to do it beside.
+        """
+        begin = getattr(self._reduce, "begin", None)
+        memory = self._memory
+        if begin is not None and memory.loss is not None:
+            memory.arriving, memory.loss = begin(memory.loss), None
 
     # Gates keep a history in Python: compiled, each step would be a program of its own. This is
     # torch.compiler.disable without importing the compiler.
@@ -214,10 +228,10 @@ class DampedOptimizer(Optimizer):
         if loss is not None:
             self.observe(loss)
         memory = self._memory
-        seen, memory.loss = memory.loss, None
+        seen = self._reduced()
         if seen is not None and self.gates:
             with torch.no_grad():
-                self._damped_step(seen if self._reduce is None else self._reduce(seen))
+                self._damped_step(seen)
         elif hasattr(self, "found_inf"):
             with lent(self.base, self.grad_scale, self.found_inf), self._stepping():
                 self.base.step()
@@ -227,6 +241,15 @@ class DampedOptimizer(Optimizer):
         memory.steps += 1
         memory.used = self._gradients()
         return answer
+
+    def _reduced(self) -> Tensor | None:
+        """Return the loss that was observed, as the mean over all ranks, and forget it."""
+        memory = self._memory
+        seen, arriving = memory.loss, memory.arriving
+        memory.loss = memory.arriving = None
+        if arriving is not None:
+            return arriving()
+        return seen if seen is None or self._reduce is None else self._reduce(seen)
 
     @property
     def intact(self) -> bool:
@@ -379,7 +402,8 @@ class DampedOptimizer(Optimizer):
         """
         state = _onto(state, self._device())
         memory, telemetry = self._memory, self._telemetry
-        memory.steps, memory.last, memory.loss = state["steps"], state["last"], None
+        memory.steps, memory.last = state["steps"], state["last"]
+        memory.loss = memory.arriving = None
         telemetry.totals = state["totals"] if list(state["gates"]) == list(self.gates) else None
         answers = state.get("answers", {})
         memory.answers = {name: Answer.from_state(answer) for name, answer in answers.items()}

@@ -88,6 +88,8 @@ class TrainSettings:
     """Arithmetic of the forward and backward pass; weights and moments stay fp32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile, once for each shape of them in the family."""
     lr: float = 12e-3
     """Peak learning rate (of hidden matrices at width lr_width, where that is set)."""
     lr_width: int | None = 32

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ars_kit.compiling import compiled, eagerly
 from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError, Preempted
+from ars_kit.feed import Feed
 from ars_kit.measure import Meter
 from ars_kit.models import set_weights, weights_of
 from ars_kit.recovery import Recovery
@@ -94,6 +96,10 @@ class Trainee:
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
+    feed: Feed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.feed = Feed(self.batches, self.settings.train.accumulation, self.accelerator.device)
 
 
 def train_member(job: Trainee) -> None:
@@ -108,12 +114,18 @@ def train_member(job: Trainee) -> None:
         Preempted: SIGTERM came; the state is saved. :class:`Interrupted` for SIGINT.
         ArsKitError: the device ran out of memory.
     """
-    plan, run = job.plan, job.settings.run
     done = resume(job)
-    if done >= plan.steps:
+    if done >= job.plan.steps:
         return
     if job.recovery.watch is not None and done == 0:
         save(job, 0)
+    with compiled(job.model) if job.settings.train.compile else nullcontext():
+        _train_from(job, done)
+
+
+def _train_from(job: Trainee, done: int) -> None:
+    """Train from after ``done`` steps to the end, or until somebody asks to stop."""
+    plan, run = job.plan, job.settings.run
     wrapped = job.accelerator.prepare(job.model)
     wrapped.train()
     job.meter.start(job.accelerator.device)
@@ -155,20 +167,21 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     set_rates(job.optimizer, factor)
     follow_hints(job.optimizer, step)
     place = step + job.recovery.passed_over
-    for micro in range(train.accumulation):
-        last = micro == train.accumulation - 1
-        window = torch.from_numpy(job.batches.batch(place, micro, train.accumulation))
-        window = window.to(accelerator.device, non_blocking=True)
+    for micro, window in enumerate(job.feed.take(place), start=1):
+        last = micro == train.accumulation
         with nullcontext() if last else accelerator.no_sync(wrapped):
             logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
             objective, flops = job.teaching.objective(step, window, logits, loss)
+            # The gates and the history see the cross-entropy, whatever else is minimised.
+            job.optimizer.observe(loss / train.accumulation)
+            if last:
+                job.optimizer.send()
             accelerator.backward(objective / train.accumulation)
-        # The gates and the history see the cross-entropy, whatever else is minimised.
-        job.optimizer.observe(loss / train.accumulation)
         job.meter.loss_flops += flops * accelerator.num_processes
     job.optimizer.step()
     job.optimizer.zero_grad()
+    job.feed.prepare(place + 1)
     if job.teaching.on_step is not None:
         job.optimizer.intact = False  # if it breaks off, weights are between two steps
         job.meter.loss_flops += job.teaching.after(step)
@@ -200,7 +213,8 @@ def judge_heldout(job: Trainee, done: int) -> None:
         }
         if done == 0:  # a start that was cut short may have left its first point
             job.folder.cut_history(name, 0, name=CURVE)
-        point = spent | curve.point(job.model, device)
+        with eagerly(wanted=job.settings.train.compile):
+            point = spent | curve.point(job.model, device)
         job.folder.append_history(name, [point], name=CURVE)
         job.watcher.judged(name, point)
     job.accelerator.wait_for_everyone()

@@ -40,6 +40,7 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--accumulation", "train.accumulation", "Micro-batches per optimizer step."),
     ("--precision", "train.precision", "auto, fp32 or bf16."),
     ("--device", "train.device", "auto, cpu, cuda or mps."),
+    ("--compile", "train.compile", "Compile the decoder layers; slow to begin, then faster."),
     ("--lr", "train.lr", "Peak learning rate."),
     ("--schedule", "train.schedule", "wsd, cosine or constant."),
     ("--optimizer", "optimizer.name", "A wrapper (ars) or a base optimizer (adamw)."),
@@ -53,6 +54,8 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("--heldout-every", "run.heldout_every", "Steps between points of the held-out curve."),
 )
+SWITCHES = frozenset({"train.compile"})
+"""Settings whose flag takes no value."""
 MANY: tuple[tuple[str, str, str], ...] = (
     ("--gate", "optimizer.gates", "Add a damping gate, NAME:key=value. Repeatable."),
     ("--no-gate", "optimizer.without", "Leave a damping gate out. Repeatable."),
@@ -81,7 +84,7 @@ class SettingOption(click.Option):
 
         record = super().get_help_record(ctx)
         default = Settings().flat()[self.key]
-        if record is None or default in (None, ()):
+        if record is None or default in (None, (), False):
             return record
         return record[0], f"{record[1]}  [default: {spelled(default)}]"
 
@@ -119,9 +122,12 @@ def run_options(command: F) -> F:
             flag, name, multiple=True, metavar="TEXT", help=text, cls=SettingOption
         )(command)
     for flag, key, text in reversed(FLAGS):
-        command = click.option(
-            flag, key.replace(".", "__"), metavar="VALUE", help=text, cls=SettingOption
-        )(command)
+        form: dict[str, Any] = {"metavar": "VALUE"}
+        if key in SWITCHES:
+            form = {"is_flag": True, "default": None}
+        command = click.option(flag, key.replace(".", "__"), help=text, cls=SettingOption, **form)(
+            command
+        )
     command = click.option(
         "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
     )(command)
