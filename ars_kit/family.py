@@ -13,18 +13,27 @@ from accelerate import Accelerator
 from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
-from ars_kit.errors import PluginError
+from ars_kit.errors import ConfigError, PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
 from ars_kit.judge import PERPLEXITY, judge, write_files
 from ars_kit.ledger import counting
-from ars_kit.models import build, flops_per_token, parameter_groups, save_member
+from ars_kit.models import (
+    build,
+    flops_per_token,
+    parameter_groups,
+    save_member,
+    set_weights,
+    weights_of,
+)
 from ars_kit.optim import build_optimizer
 from ars_kit.outcome import FROZEN, read_metrics
+from ars_kit.ranks import mean_over_ranks, shard
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
-from ars_kit.spec import Assessment, Finishing
+from ars_kit.sharding import gathered, is_sharded
+from ars_kit.spec import Assessment, Finishing, Seed
 from ars_kit.store import HISTORY, RunFolder
 from ars_kit.teaching import Teaching, hinted
 from ars_kit.tokens import Batches, Replayed
@@ -32,7 +41,6 @@ from ars_kit.train import (
     Stop,
     Trainee,
     branch_of,
-    mean_over_ranks,
     remember_peaks,
     seed_everything,
     train_member,
@@ -64,14 +72,6 @@ class Family:
         strategy = self.host.make("strategies", self.plan.settings.family.strategy)
         device = self.accelerator.device
         return Cradle(self.plan, self.host, self.folder, self.corpus, self.texts, strategy, device)
-
-
-def make_accelerator(plan: RunPlan) -> Accelerator:
-    """Return the accelerator the plan asks for; under ``torchrun`` it joins the others."""
-    return Accelerator(
-        cpu=plan.device == "cpu",
-        mixed_precision="bf16" if plan.precision == "bf16" else "no",
-    )
 
 
 def run_family(family: Family) -> list[dict[str, Any]]:
@@ -117,6 +117,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     born.facts["setup_flops"] *= accelerator.num_processes  # each of them bears it
     model, seed = born.model, born.seed
     model.to(accelerator.device)
+    shard(accelerator, model)
+    if is_sharded(model):
+        _require_whole(seed, cradle.who, taught=member.teacher_flops > 0)
     train = settings.train
     groups = parameter_groups(
         model,
@@ -157,13 +160,38 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
     train_member(job)
+    model = _whole(family, member, model)
     if accelerator.is_main_process:
         quality = _judged(family, member, model)
         metrics = member_metrics(cradle, member, job, born, quality)
         records = _records(family, member.name)
         _commit(family, cradle.relative(member), model, metrics, records, quality)
     accelerator.wait_for_everyone()
+    accelerator.free_memory()  # or it would hold on to every member's model
     return read_metrics(family.folder, member.name)
+
+
+def _require_whole(seed: Seed, who: str, *, taught: bool) -> None:
+    """Refuse what a strategy does to whole weights where no process has them."""
+    if seed.on_step is not None or (seed.loss is not None and not taught):
+        raise ConfigError(
+            f"{who} looks at the weights while a member trains, which FSDP2 leaves whole to no "
+            "process; use DDP"
+        )
+
+
+def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Return a trained model with all of its weights, on the main process; the rest keep theirs."""
+    if not is_sharded(model):
+        return model
+    main = family.accelerator.is_main_process
+    weights = gathered(weights_of(model), keep=main)
+    if not main:
+        return model
+    whole = build(member.config, seed=0)
+    set_weights(whole, weights)
+    whole.to(family.accelerator.device)
+    return whole
 
 
 def _batches(family: Family, member: MemberPlan, replay: float) -> Batches:

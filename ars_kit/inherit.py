@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
+from ars_kit.sharding import dealt
 from ars_kit.spec import Block, Descent, InheritanceStrategy, Ordering
 
 if TYPE_CHECKING:
@@ -145,6 +146,6 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tens
                 optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             if name in state:
                 optimizer.state[p] = {
-                    k: v.clone() if k == "step" else v.to(p.device, copy=True)
+                    k: v.clone() if k == "step" else dealt(v.to(p.device, copy=True), p)
                     for k, v in state[name].items()
                 }

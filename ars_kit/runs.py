@@ -12,14 +12,11 @@ from ars_kit.choosing import choose, record_best, usual_metric
 from ars_kit.controls import Control
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
-from ars_kit.family import (
-    Family,
-    make_accelerator,
-    run_family,
-)
+from ars_kit.family import Family, run_family
 from ars_kit.host import Host
 from ars_kit.outcome import FROZEN
 from ars_kit.plan import RunPlan, parse_source, require_batch
+from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
 from ars_kit.roster import parse_roster
@@ -66,13 +63,14 @@ def execute(
         ConfigError: the folder is in use, or holds a run of another plan.
         DataError: the text cannot be had.
         Preempted: a signal came; the state is saved.
+        ArsKitError: another process of the run is gone.
     """
     stop = Stop()
     accelerator = make_accelerator(plan)
-    _require_equal_parts(plan.settings, accelerator.num_processes)
+    require_equal_parts(plan.settings, accelerator.num_processes)
     folder = RunFolder(out)
     guard = folder.lock() if accelerator.is_main_process else nullcontext()
-    with guard, stop.listening():
+    with not_alone(accelerator), guard, stop.listening():
         if accelerator.is_main_process:
             if restart:
                 folder.start_anew()
@@ -89,6 +87,7 @@ def execute(
             if note is not None:
                 folder.write_text(CONTROL_RECORD, note)
         accelerator.wait_for_everyone()
+        require_seen(folder.path / FROZEN, accelerator)
         corpus = texts[plan.settings.data.source]
         trackers = plan.settings.run.trackers if accelerator.is_main_process else ()
         with tracking(plan, host, folder, watcher, trackers) as told:
@@ -175,15 +174,6 @@ def _prepared(
         need_heldout=heldout,
         progress=progress,
     )
-
-
-def _require_equal_parts(settings: Settings, processes: int) -> None:
-    train = settings.train
-    if train.batch_size % (processes * train.accumulation):
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} cannot be split into {train.accumulation} "
-            f"micro-batches on each of {processes} processes"
-        )
 
 
 def _require_same_plan(folder: RunFolder, settings: Settings) -> None:

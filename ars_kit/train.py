@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -22,8 +22,10 @@ from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError,
 from ars_kit.feed import Feed
 from ars_kit.measure import Meter
 from ars_kit.models import set_weights, weights_of
+from ars_kit.ranks import wrapped as wrapped_model
 from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
+from ars_kit.sharding import all_finite, dealt_state, dealt_weights, gathered, is_sharded
 from ars_kit.state import pack
 from ars_kit.store import CURVE
 from ars_kit.teaching import Teaching, follow_hints
@@ -126,7 +128,7 @@ def train_member(job: Trainee) -> None:
 def _train_from(job: Trainee, done: int) -> None:
     """Train from after ``done`` steps to the end, or until somebody asks to stop."""
     plan, run = job.plan, job.settings.run
-    wrapped = job.accelerator.prepare(job.model)
+    wrapped = wrapped_model(job.accelerator, job.model)
     wrapped.train()
     job.meter.start(job.accelerator.device)
     if done == 0:
@@ -204,7 +206,12 @@ def judge_heldout(job: Trainee, done: int) -> None:
     if curve is None or not curve.due(done, job.plan.steps):
         return
     job.meter.pause(device)
-    if job.accelerator.is_main_process:
+    main = job.accelerator.is_main_process
+    judged: dict[str, Any] = {}
+    if main or is_sharded(job.model):  # nobody computes with a part of the weights alone
+        with eagerly(wanted=job.settings.train.compile):
+            judged = curve.point(job.model, device)
+    if main:
         spent = {
             "step": done,
             "tokens": job.meter.tokens,
@@ -213,8 +220,7 @@ def judge_heldout(job: Trainee, done: int) -> None:
         }
         if done == 0:  # a start that was cut short may have left its first point
             job.folder.cut_history(name, 0, name=CURVE)
-        with eagerly(wanted=job.settings.train.compile):
-            point = spent | curve.point(job.model, device)
+        point = spent | judged
         job.folder.append_history(name, [point], name=CURVE)
         job.watcher.judged(name, point)
     job.accelerator.wait_for_everyone()
@@ -259,22 +265,19 @@ def remember_peaks(optimizer: DampedOptimizer) -> None:
         group["peak_lr"] = float(group["lr"])
 
 
-def mean_over_ranks(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
-    """Return the loss reduction that makes every rank damp alike, or None for one process."""
-    if accelerator.num_processes == 1:
-        return None
-    return lambda loss: accelerator.reduce(loss, reduction="mean")
-
-
 def resume(job: Trainee) -> int:
     """Load the newest training state, if there is one; returns the next step."""
     found = job.folder.load_state(job.plan.name)
     step, tree = found or (0, None)
     job.saved = step
     if tree is not None:
+        state = tree["optimizer"]
+        if is_sharded(job.model):
+            tree["weights"] = dealt_weights(tree["weights"], job.model)
+            state = dealt_state(state, job.optimizer)
         set_weights(job.model, tree["weights"])
         try:
-            job.optimizer.load_state_dict(tree["optimizer"])
+            job.optimizer.load_state_dict(state)
         except PluginError as error:
             raise PluginError(f"{error}; {_what_is_kept(job)}") from error
         job.meter.load_state_dict(tree["meter"])
@@ -295,26 +298,31 @@ def branch_of(member: str) -> str:
 
 
 def save(job: Trainee, step: int, *, together: bool = True, name: str | None = None) -> None:
-    """Commit the training state after ``step`` steps; one process writes.
+    """Commit the training state after ``step`` steps, whole whoever holds it; one process writes.
 
     Args:
         job: what is trained.
         step: steps done.
-        together: wait for the other processes.
+        together: wait for the other processes. Without them a sharded state cannot be kept.
         name: under which it is kept; the member's own if left out.
 
     Raises:
         DivergedError: a weight is not finite; the state before stays.
         PluginError: a plugin's own state cannot be saved.
     """
+    if not together and is_sharded(job.model):
+        return
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
+    main = job.accelerator.is_main_process
+    weights = gathered(weights_of(job.model), keep=main)
+    optimizer = gathered(job.optimizer.state_dict(), keep=main)
     regular = step % job.settings.run.save_every == 0 or step == job.plan.steps
     keep = job.recovery.keep(step, regular=regular) if name is None else []
-    if job.accelerator.is_main_process:
+    if main:
         tree = {
-            "weights": weights_of(job.model),
-            "optimizer": job.optimizer.state_dict(),
+            "weights": weights,
+            "optimizer": optimizer,
             "meter": job.meter.state_dict(),
             "bad_in_a_row": job.bad_in_a_row,
             "recovery": job.recovery.state_dict(),
@@ -341,7 +349,7 @@ def _culprit(job: Trainee, tree: dict[str, Any]) -> str:
 
 
 def _require_finite(job: Trainee) -> None:
-    bad = [name for name, w in weights_of(job.model).items() if not bool(w.isfinite().all())]
+    bad = [name for name, w in weights_of(job.model).items() if not all_finite(w)]
     if bad:
         raise DivergedError(
             f"{job.plan.name} diverged: {bad[0]} holds values that are not finite; they are not "

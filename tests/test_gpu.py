@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +297,15 @@ def test_the_skip_gate_waits_for_nothing(*, norm: bool) -> None:
     check_gate(lambda: SkipStep(norm=norm), steps=3000)
 
 
-def test_a_step_of_a_run_waits_for_nothing(text_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_step_of_a_run_waits_for_nothing(
+    text_folder: Path, tmp_path: Path, *, compiling: bool
+) -> None:
     """The training loop itself, with a model of transformers and the data on the host."""
     from accelerate import Accelerator
 
+    from ars_kit.compiling import compiled
     from ars_kit.host import Host
     from ars_kit.models import build, parameter_groups
     from ars_kit.optim import build_optimizer
@@ -325,10 +330,11 @@ def test_a_step_of_a_run_waits_for_nothing(text_folder: Path, tmp_path: Path) ->
         watcher=None,  # type: ignore[arg-type]
     )  # fmt: skip
     wrapped = job.accelerator.prepare(model).train()
-    train_step(job, wrapped, 0)
-    with waiting_for_nothing():
-        for step in range(1, 20):
-            train_step(job, wrapped, step)
+    with compiled(model) if compiling else nullcontext():
+        train_step(job, wrapped, 0)
+        with waiting_for_nothing():
+            for step in range(1, 20):
+                train_step(job, wrapped, step)
     assert len(optimizer.drain()) == 20
 
 

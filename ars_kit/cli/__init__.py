@@ -16,7 +16,7 @@ from ars_kit.cli.plugins import plugins as plugins_group
 from ars_kit.cli.reporting import compare, lineage, report
 from ars_kit.cli.serving import export, serve
 from ars_kit.cli.training import plan, run
-from ars_kit.errors import ArsKitError
+from ars_kit.errors import ArsKitError, ConfigError, DivergedError, Preempted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -70,5 +70,16 @@ def main() -> None:
         sys.stderr.close()  # the reader went away; nothing is left to say to it
         sys.exit(1)
     except ArsKitError as error:
-        click.echo(f"arskit: {error}", err=True)
+        if speaker := _speaker(error):
+            click.echo(f"{speaker}: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def _speaker(error: ArsKitError) -> str:
+    """Return in whose name an error is said; empty where another process of the run says it."""
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if rank == "0":
+        return "arskit"
+    alike = isinstance(error, Preempted | DivergedError)
+    once = alike or (isinstance(error, ConfigError) and local != "0")
+    return "" if once else f"arskit (process {rank})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
         _print_plan(plan, out, console, plan_controls(plan, host))
-    with display.showing():
+    with display.showing() if main_process else nullcontext():
         metrics, best = execute(
             plan,
             host,
@@ -105,10 +106,11 @@ def _train(control: Control, host: Host, out: Path, console: Console) -> list[di
 
     members, steps = control.plan.members, sum(m.steps for m in control.plan.members)
     names = members[0].name if len(members) == 1 else f"{members[0].name} to {members[-1].name}"
-    if os.environ.get("RANK", "0") == "0":
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
         say(console, f"control {control.name}: {names}, {steps:,} steps, by {control.source}")
     display = Display(control.plan, console)
-    with display.showing():
+    with display.showing() if main_process else nullcontext():
         return train_control(control, host, out, cache_folder(), watcher=display)
 
 
