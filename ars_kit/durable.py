@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ FORMAT = 1
 
 TEMPORARY = "tmp-"
 """What the name of everything uncommitted begins with."""
+
+HASHERS = 4
+"""Files that are hashed at once."""
 
 Files = Callable[[Path], None]
 """Writes a directory's files into the empty directory it is given."""
@@ -54,23 +58,33 @@ def commit_directory(
     with disk_errors(target), temporary(scratch) as temp:
         temp.mkdir()
         files(temp)
-        entries = {}
-        readable = temp.stat().st_mode & 0o666  # what the umask leaves; safetensors writes 0600
-        for path in sorted(temp.rglob("*")):
-            if path.is_dir():
-                sync(path)
-            else:
-                path.chmod(readable)
-                sync(path)
-                name = path.relative_to(temp).as_posix()
-                entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
-        body = {"format": FORMAT, **header, "files": entries}
+        body = {"format": FORMAT, **header, "files": _synced(temp)}
         (temp / MANIFEST).write_text(to_json(body), encoding="utf-8")
         sync(temp / MANIFEST)
         sync(temp)
         make_directory(target.parent)
         temp.rename(target)
         sync(target.parent)
+
+
+def _synced(folder: Path) -> dict[str, dict[str, Any]]:
+    """Make everything in a folder durable; returns what a manifest says of each file.
+
+    A file is hashed beside, while the volume is busy writing it down.
+    """
+    paths = sorted(folder.rglob("*"))
+    readable = folder.stat().st_mode & 0o666  # what the umask leaves; safetensors writes 0600
+    files = [path for path in paths if not path.is_dir()]
+    with ThreadPoolExecutor(HASHERS) as pool:
+        hashes = pool.map(sha256, files)
+        for path in paths:
+            if not path.is_dir():
+                path.chmod(readable)
+            sync(path)
+        return {
+            path.relative_to(folder).as_posix(): {"sha256": found, "size": path.stat().st_size}
+            for path, found in zip(files, hashes, strict=True)
+        }
 
 
 def write_atomically(path: Path, text: str, *, scratch: Path) -> None:
@@ -144,9 +158,9 @@ def check_directory(path: Path) -> list[str]:
         return [f"{MANIFEST} is damaged: {error!r}"]
     if manifest.get("format") != FORMAT:
         return [f"{MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}"]
-    problems = [
-        p for name, (digest, size) in expected.items() if (p := _differs(path, name, digest, size))
-    ]
+    with ThreadPoolExecutor(HASHERS) as pool:
+        looked = pool.map(lambda e: _differs(path, e[0], *e[1]), expected.items())
+        problems = [problem for problem in looked if problem]
     found = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()}
     stray = sorted(
         n for n in found - expected.keys() - {MANIFEST} if not Path(n).name.startswith(".")

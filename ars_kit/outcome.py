@@ -11,7 +11,7 @@ from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, resolve
-from ars_kit.store import RunFolder, control_folder, read_history
+from ars_kit.store import RunFolder, control_folder, last_row
 
 FROZEN = "run.toml"
 DOCUMENTS = "quality/documents.jsonl"
@@ -93,13 +93,12 @@ def _status(out: Path) -> list[dict[str, Any]]:
             rows.append({"state": "done", **read_metrics(folder, name)})
             continue
         path = folder.history_path(name)
-        history = read_history(path) if path.exists() else []
-        last = history[-1] if history else {}
+        steps, last = last_row(path) if path.exists() else (0, {})
         rows.append(
             {
                 "model_id": name,
-                "state": "training" if history else "waiting",
-                "steps": len(history),
+                "state": "training" if steps else "waiting",
+                "steps": steps,
                 "last_loss": last.get("loss"),
             }
         )

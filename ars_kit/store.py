@@ -471,6 +471,29 @@ def _best(out: Path) -> str:
         ) from error
 
 
+def last_row(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return how many rows a history has, and the last of them; reads no other row.
+
+    A last line torn by a kill is left out.
+
+    Raises:
+        IntegrityError: the last row is not what was written.
+    """
+    count, last = 0, b""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, last = count + 1, line
+    if not count:
+        return 0, {}
+    try:
+        row: dict[str, Any] = json.loads(last)
+        int(row["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path}, line {count} is damaged: {error}") from error
+    return count, row
+
+
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Return a history's rows; a last line torn by a kill is left out.
 

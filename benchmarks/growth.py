@@ -1,0 +1,307 @@
+"""Cost against size: text, checkpoints, histories, families, growth, each over a range of sizes.
+
+Each cost is measured at every size, with the exponent by which it grows from the second largest to
+the largest: 1 is in proportion, 2 is four times for twice. A checkpoint's commit is set beside what
+the same volume takes to write and sync the same bytes, its verification beside sha256 alone, in
+turns. ``--full`` goes to the largest sizes: 1 GB of text, a checkpoint of 5 GB, 100 members.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ars_kit.data import prepare
+from ars_kit.durable import check_directory, commit_directory, sha256, sync
+from ars_kit.growing import Growth, grow_checkpoint
+from ars_kit.host import Host
+from ars_kit.measure import peak_rss
+from ars_kit.models import build
+from ars_kit.outcome import status
+from ars_kit.plan import plan_run
+from ars_kit.reporting import write_report
+from ars_kit.runs import execute
+from ars_kit.schema import Choice
+from ars_kit.settings import resolve, to_toml
+from ars_kit.shapes import embedded_config
+from ars_kit.source import NamedSource
+from ars_kit.store import RunFolder
+from ars_kit.tokens import TrainBPE
+
+PROPORTIONAL = 1.15
+"""Largest exponent that still counts as growing in proportion."""
+WORDS = ("the", "of", "and", "to", "is", "loss", "gate", "grows", "member", "state", "step", "text")
+DEFAULT: dict[str, tuple[int, ...]] = {
+    "text": (3, 10, 30),
+    "checkpoint": (10, 100, 1000),
+    "history": (10_000, 100_000, 1_000_000),
+    "family": (3, 10, 30),
+    "growth": (10, 24, 48),
+}
+FULL = {"text": (10, 100, 1000), "checkpoint": (10, 500, 5000), "family": (3, 30, 100)}
+UNITS = {
+    "text": "MB",
+    "checkpoint": "MB",
+    "history": "steps",
+    "family": "members",
+    "growth": "layers grown to, from 10",
+}
+Point = dict[str, float]
+
+
+class Nobody:
+    """Follows a family and says nothing."""
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_args, **_kwargs: None
+
+
+def text(megabytes: int, home: Path) -> Point:
+    """Prepare text in a process of its own, whose largest resident memory is the peak."""
+    folder = home / "texts"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for part in range(megabytes):
+        numbers = draw.integers(0, len(WORDS), (10_000, 16))
+        lines = [
+            f"{part}-{i} " + " ".join(WORDS[n] for n in row)
+            for i, row in enumerate(numbers.tolist())
+        ]
+        body = "\n\n".join("\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20))
+        (folder / f"{part:04}.txt").write_text(body[:1_000_000])
+    found = json.loads(
+        subprocess.run(  # noqa: S603 -- this very file
+            [sys.executable, __file__, "--prepare", str(folder), "--cache", str(home / "cache")],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    return {**found, "MB_per_second": megabytes / found["seconds"]}
+
+
+def prepare_alone(folder: Path, cache: Path) -> Point:
+    """Prepare a folder of text here; returns seconds and peak memory."""
+    host = Host.installed()
+    begin = time.perf_counter()
+    source = NamedSource(host, Choice("files", {"path": str(folder)}))
+    prepare(source, tokenizer=TrainBPE(1024), cache=cache)
+    return {"seconds": time.perf_counter() - begin, "peak_MB": peak_rss() / 1e6}
+
+
+class Volume:
+    """Ways to write and to read the same bytes in a folder."""
+
+    def __init__(self, megabytes: int, home: Path) -> None:
+        self.megabytes, self.home = megabytes, home
+        self.block = np.random.default_rng(0).integers(0, 256, 1_000_000, np.uint8).tobytes()
+        (home / "scratch").mkdir()
+
+    def files(self, folder: Path) -> None:
+        """Write them, as one file."""
+        with (folder / "weights").open("wb") as file:
+            for _ in range(self.megabytes):
+                file.write(self.block)
+
+    def plain(self) -> None:
+        """Write and sync them."""
+        (self.home / "plain").mkdir()
+        self.files(self.home / "plain")
+        sync(self.home / "plain" / "weights")
+
+    def committed(self) -> None:
+        """Commit them."""
+        target, scratch = self.home / "committed", self.home / "scratch"
+        commit_directory(target, self.files, {}, scratch=scratch)
+
+    def hashed(self) -> None:
+        """Read and hash them."""
+        sha256(self.home / "plain" / "weights")
+
+    def verified(self) -> None:
+        """Verify them."""
+        if check_directory(self.home / "committed"):
+            raise SystemExit("what was committed does not verify")
+
+    def clear(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.home / "plain")
+        shutil.rmtree(self.home / "committed")
+
+
+def checkpoint(megabytes: int, home: Path) -> Point:
+    """Commit and verify a file of so many bytes, in turns with plain ways to do the same."""
+    volume = Volume(megabytes, home)
+    found: dict[str, list[float]] = {}
+    for _ in range(3 if megabytes <= 1000 else 1):
+        for call in (volume.plain, volume.committed, volume.hashed, volume.verified):
+            found.setdefault(call.__name__, []).append(_seconds(call))
+        volume.clear()
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    return {
+        "seconds": middle["committed"],
+        "commit_over_plain": middle["committed"] / middle["plain"],
+        "verify_seconds": middle["verified"],
+        "verify_over_sha256": middle["verified"] / middle["hashed"],
+        "MB_per_second": megabytes / middle["committed"],
+        "verify_MB_per_second": megabytes / middle["verified"],
+    }
+
+
+def history(steps: int, home: Path) -> Point:
+    """Ask for the status and the report of a run whose member in training has so many steps."""
+    settings = resolve({"family.members": "d2"}, {}, None)
+    folder = RunFolder(home)
+    folder.create()
+    folder.write_text("run.toml", to_toml(settings))
+    losses = (
+        3
+        + 3 * np.exp(-np.arange(steps) / (steps / 5))
+        + np.random.default_rng(0).normal(0, 0.1, steps)
+    )
+    gates = dict.fromkeys(("gradient", "step_size", "guard", "surprise", "norm-memory"), 1.0)
+    rows = [
+        {"step": i, "loss": loss, **gates, "skipped": False, "surprise_z": 0.1}
+        for i, loss in enumerate(losses.tolist())
+    ]
+    folder.append_history("d2", rows)
+    del rows
+    asked = _seconds(lambda: status(home))
+    return {
+        "seconds": _seconds(lambda: write_report(home)),
+        "status_seconds": asked,
+        "report_MB": (home / "report.html").stat().st_size / 1e6,
+    }
+
+
+def family(members: int, home: Path) -> Point:
+    """Train, plan, ask after and report a family of the smallest members, two steps each."""
+    roster = ";".join(f"m{i}:num_hidden_layers=1,hidden_size=8" for i in range(members))
+    texts = home / "text.txt"
+    texts.write_text("\n".join(f"line {i}: {WORDS[i % 12]} {i * i}" for i in range(4000)))
+    flags = {
+        "family.members": roster, "family.vocab_size": 300, "data.source": str(texts),
+        "data.sequence_length": 16, "data.heldout_tokens": 64, "train.batch_size": 2,
+        "train.iterations": (2, 2), "train.steps_per_iteration": 1, "train.device": "cpu",
+    }  # fmt: skip
+    host, out = Host.installed(), home / "run"
+    begin = time.perf_counter()
+    plan = plan_run(resolve(flags, {}, None), host)
+    planned = time.perf_counter() - begin
+    run = _seconds(lambda: execute(plan, host, out, home / "cache", watcher=Nobody()))
+    return {
+        "seconds": run,
+        "plan_seconds": planned,
+        "status_seconds": _seconds(lambda: status(out)),
+        "report_seconds": _seconds(lambda: write_report(out)),
+    }
+
+
+def growth(depth: int, home: Path) -> Point:
+    """Grow a checkpoint of ten layers at one width, in place of training it there."""
+    sizes = {"hidden_size": 256}
+    shape = {"vocab_size": 1024, "context": 128, "aspect": 1.6, "head_dim": 32, "sizes": sizes}
+    small, large = (embedded_config(d, **shape) for d in (10, max(depth, 11)))
+    build(small, seed=0).save_pretrained(home / "d10")
+    facts: dict[str, Any] = {}
+
+    def grow() -> None:
+        made = Growth(home / "d10", large, Host.installed(), Choice("progressive"), home / "grown")
+        facts.update(grow_checkpoint(made))
+
+    seconds = _seconds(grow)
+    return {"seconds": seconds, "parameters": facts["parameters"][1]}
+
+
+MEASURES: dict[str, Callable[[int, Path], Point]] = {
+    f.__name__: f for f in (text, checkpoint, history, family, growth)
+}
+
+
+def measure(kind: str, sizes: Iterable[int]) -> dict[str, Any]:
+    """Return what each size costs, and how each time grows with it."""
+    points: list[Point] = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as home:
+            points.append({"size": float(size), **MEASURES[kind](size, Path(home))})
+        print(kind, {k: round(v, 3) for k, v in points[-1].items()}, flush=True)
+    exponents = {key: exponent(points, key) for key in points[0] if key.endswith("seconds")}
+    return {"kind": kind, "unit": UNITS[kind], "points": points, "exponents": exponents}
+
+
+def exponent(points: list[Point], key: str) -> float | None:
+    """Return the exponent with which a cost grows between the two largest sizes."""
+    if len(points) < 2:
+        return None
+    small, large = points[-2:]
+    return math.log(large[key] / small[key]) / math.log(large["size"] / small["size"])
+
+
+def worse(found: Iterable[dict[str, Any]]) -> list[str]:
+    """Name what grows worse than in proportion."""
+    return [
+        f"{f['kind']}: {key}, exponent {e:.2f}"
+        for f in found
+        for key, e in f["exponents"].items()
+        if e is not None and e > PROPORTIONAL
+    ]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure every kind and say what grows worse than in proportion."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kinds", default=",".join(MEASURES), help="names, commas between")
+    parser.add_argument("--sizes", help="of the one kind, in place of its own")
+    parser.add_argument("--full", action="store_true", help="to the largest sizes")
+    parser.add_argument("--json", type=Path, help="write the figures here; other kinds there stay")
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.prepare:
+        print(json.dumps(prepare_alone(options.prepare, options.cache)))
+        return
+    ranges = {**DEFAULT, **(FULL if options.full else {})}
+    kinds = options.kinds.split(",")
+    if options.sizes:
+        ranges |= dict.fromkeys(kinds, tuple(map(int, options.sizes.split(","))))
+    found = [measure(kind, ranges[kind]) for kind in kinds]
+    for line in worse(found):
+        print(f"worse than in proportion: {line}")
+    if options.json:
+        kept = json.loads(options.json.read_text())["kinds"] if options.json.exists() else []
+        kept = [k for k in kept if k["kind"] not in kinds]
+        environment = {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        whole = sorted([*kept, *found], key=lambda k: list(MEASURES).index(k["kind"]))
+        report = {"environment": environment, "kinds": whole, "worse": worse(whole)}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+"""Tokens a second: arskit's loop, a bare PyTorch loop and the Trainer of transformers, in turns.
+
+All three train copies of one model on the same batches with the same fused AdamW, some steps each
+in turn within one process, without saving; arskit's has every gate of ARS besides, its history and
+its meter. What counts is each round's ratio to the bare loop, and of the Trainer's to arskit's. On
+one thread of a CPU the clock is the process's own time, which neighbours on a shared machine do not
+stretch; with more threads, or on a GPU, it is the wall's.
+
+Where a step's time goes is measured apart, with a clock around each part (and on a GPU a wait, so
+that these parts do not add up to a step of the timed rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from step_overhead import LOG_EVERY, Loop, Silent, _factor, _groups
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ars_kit.compiling import compiled
+from ars_kit.host import Host
+from ars_kit.models import build, flops_per_token, weights_of
+from ars_kit.optim import build_optimizer
+from ars_kit.plan import RunPlan, plan_run
+from ars_kit.ranks import make_accelerator, wrapped
+from ars_kit.settings import resolve
+from ars_kit.store import RunFolder
+from ars_kit.tokens import Batches
+from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step
+
+WITHIN_BARE, WITHIN_TRAINER = 1.03, 1.0
+SAME = 0.2
+"""Share of the way that two loops' weights may lie apart: rounding, which training amplifies."""
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "4090": 165e12}
+"""Dense bfloat16 FLOPs a second by what a device's name holds, from the vendor's data sheets."""
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936}
+LARGE: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""For a GPU; random weights in these shapes, the second that of Qwen2.5-7B."""
+SIZES: dict[str, dict[str, Any]] = {
+    "embedded d14": {},
+    "20M d14": {
+        "family.aspect": 2.8,
+        "family.head_dim": 64,
+        "data.sequence_length": 128,
+        "train.batch_size": 4,
+    },
+    "1B": {"data.sequence_length": 2048, "train.batch_size": 8, "train.accumulation": 1},
+    "7B": {"data.sequence_length": 2048, "train.batch_size": 1},
+}
+
+
+@dataclass(slots=True)
+class Watch:
+    """Sums up what each part of a step takes."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def around(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``call`` with a clock around it."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _wait(self.device)
+            begin = time.perf_counter()
+            found = call(*args, **kwargs)
+            _wait(self.device)
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+            return found
+
+        return timed
+
+
+def plan_of(size: str, steps: int, more: Mapping[str, Any], home: Path) -> RunPlan:
+    """Return the plan of one member of a size."""
+    flags = {"family.members": "d14", "train.steps_per_iteration": 1, **SIZES[size], **more}
+    if size in LARGE:
+        context = {"max_position_embeddings": flags["data.sequence_length"]}
+        (home / "config.json").write_text(json.dumps({**QWEN2, **LARGE[size], **context}))
+        flags |= {"family.base": str(home), "family.depth": "same", "family.members": "d1"}
+    return plan_run(
+        resolve({**flags, "train.iterations": (steps, steps)}, {}, None), Host.installed()
+    )
+
+
+def bare_loop(plan: RunPlan, batches: Batches, steps: int) -> Loop:
+    """The loop that anybody would write, one function a step."""
+    device, train = torch.device(plan.device), plan.settings.train
+    model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
+    groups = _groups(plan, model)
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def one(step: int) -> Any:
+        factor = _factor(plan, step, steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        window = torch.from_numpy(batches.batch(step)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            logits = model(input_ids=window[:, :-1], use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def block(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            loss = one(step)
+            if (step + 1) % LOG_EVERY == 0:
+                loss.item()
+        _wait(device)
+
+    return Loop(block, model)
+
+
+def our_job(plan: RunPlan, batches: Batches, folder: RunFolder) -> Trainee:
+    """Return what ``arskit run`` trains a member with."""
+    settings, member, host = plan.settings, plan.members[0], Host.installed()
+    model: Any = build(member.config, seed=0).train().to(plan.device)
+    optimizer = build_optimizer(
+        host, settings.optimizer, _groups(plan, model), lr=settings.train.lr, position=0.0
+    )
+    remember_peaks(optimizer)
+    return Trainee(
+        plan=member,
+        settings=settings,
+        model=model,
+        optimizer=optimizer,
+        batches=batches,
+        accelerator=make_accelerator(plan),
+        folder=folder,
+        watcher=Silent(),
+        stop=Stop(),
+        warmup=settings.train.warmup_steps,
+    )
+
+
+def our_loop(job: Trainee, stack: ExitStack, *, compiling: bool) -> Loop:
+    """The product's own, without the saving."""
+    if compiling:
+        stack.enter_context(compiled(job.model))
+    model = wrapped(job.accelerator, job.model)
+    job.meter.start(job.accelerator.device)
+
+    def block(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            train_step(job, model, step)
+            if (step + 1) % LOG_EVERY == 0:
+                log(job, step + 1)
+        _wait(job.accelerator.device)
+
+    return Loop(block, job.model)
+
+
+class Turns(TrainerCallback):
+    """Holds the Trainer, which runs in a thread of its own, between its turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.left = 0
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Wait for a turn."""
+        if not self.left:
+            self.go.acquire()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Give the turn back after its last step."""
+        self.left -= 1
+        if not self.left:
+            _wait(self.device)
+            self.done.release()
+
+
+class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The batches, sequence by sequence, with targets where they are."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """Return a sequence."""
+        window = torch.from_numpy(self.batches.sequence(number).astype(np.int64))
+        inputs, targets = window[:-1], window[1:]
+        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+
+
+def trainer_loop(plan: RunPlan, batches: Batches, steps: int, home: Path) -> Loop:
+    """The Trainer, with the optimizer and the schedule of the bare loop."""
+    device, train = torch.device(plan.device), plan.settings.train
+    model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
+    optimizer = torch.optim.AdamW(_groups(plan, model), lr=train.lr, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _factor(plan, s, steps))
+    turns = Turns(device)
+    arguments = TrainingArguments(
+        output_dir=str(home),
+        per_device_train_batch_size=train.batch_size,
+        max_steps=steps,
+        max_grad_norm=0.0,
+        logging_steps=LOG_EVERY,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,  # or the targets would be shifted once more
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        bf16=plan.precision == "bf16",
+        torch_compile=train.compile,
+        log_level="error",
+    )
+    data = Windows(batches, (steps + 1) * train.batch_size)
+    trainer = Trainer(
+        model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[turns]
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    thread = threading.Thread(target=trainer.train, daemon=True)
+
+    def block(_: int, count: int) -> None:
+        turns.left = count
+        if thread.is_alive():
+            turns.go.release()
+        else:
+            thread.start()
+        turns.done.acquire()
+
+    return Loop(block, model)
+
+
+def compare(
+    size: str, more: Mapping[str, Any], *, rounds: int, block: int, threads: int
+) -> dict[str, Any]:
+    """Return what one size came to: each loop's times and ratios, and the parts of a step."""
+    steps = (rounds + 2) * block
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        plan = plan_of(size, steps, more, Path(scratch))
+        member, settings = plan.members[0], plan.settings
+        stream = np.random.default_rng(0).integers(0, 1000, 2_000_000, dtype=np.uint16)
+        length, batch = settings.data.sequence_length, settings.train.batch_size
+        batches = Batches(stream, sequence_length=length, batch_size=batch, seed=0)
+        job = our_job(plan, batches, RunFolder(Path(scratch, "run")))
+        loops = {
+            "bare": bare_loop(plan, batches, steps),
+            "arskit": our_loop(job, stack, compiling=settings.train.compile),
+            "trainer": trainer_loop(plan, batches, steps, Path(scratch)),
+        }
+        device = torch.device(plan.device)
+        clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        seconds = _timed(loops, rounds, block, clock)
+        apart = _apart(plan, loops["bare"].model, loops["trainer"].model)
+        parts = breakdown(job, (rounds + 1) * block, block)
+    tokens = batch * length
+    flops = flops_per_token(member.config, length) * tokens
+    return {
+        "size": size,
+        "parameters": member.parameters,
+        "tokens_per_step": tokens,
+        "steps": rounds * block,
+        "device": plan.device,
+        "precision": plan.precision,
+        "compile": settings.train.compile,
+        "clock": clock.__name__,
+        "trainer_differs_by": apart,
+        "loops": {n: _figures(seconds, n, tokens, flops, device) for n in loops},
+        "trainer_over_arskit": _ratio(seconds["trainer"], seconds["arskit"]),
+        "parts": parts,
+    }
+
+
+def _apart(plan: RunPlan, one: Any, other: Any) -> float:
+    """Return how far apart two loops' weights are, as a share of how far one has moved.
+
+    Raises:
+        SystemExit: so far that they cannot have done the same work.
+    """
+    first = weights_of(build(plan.members[0].config, seed=0))
+    mine, theirs = weights_of(one), weights_of(other)
+    moved = sum(float((mine[n].cpu() - w).square().sum()) for n, w in first.items())
+    apart = sum(float((mine[n] - theirs[n]).square().sum()) for n in first)
+    share = (apart / moved) ** 0.5
+    if share > SAME:
+        raise SystemExit(f"the Trainer did other work than the bare loop: {share:.1%} apart")
+    return share
+
+
+def _timed(
+    loops: Mapping[str, Loop], rounds: int, block: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return each loop's seconds a step, round by round; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds + 1):
+        names = list(loops)
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
+            begin = clock()
+            loops[name].block(number * block, block)
+            if number:
+                seconds[name].append((clock() - begin) / block)
+    return seconds
+
+
+def breakdown(job: Trainee, first: int, count: int) -> dict[str, float]:
+    """Return the share of each part in the time of some steps of arskit's loop."""
+    watch = Watch(job.accelerator.device)
+    model = watch.around("forward", wrapped(job.accelerator, job.model))
+    with _clocked(job, watch):
+        _wait(watch.device)
+        begin = time.perf_counter()
+        for step in range(first, first + count):
+            train_step(job, model, step)
+        watch.around("reading what was recorded", log)(job, first + count)
+        whole = time.perf_counter() - begin
+    found = {part: s / whole for part, s in watch.seconds.items()}
+    found["gates"] = found["step"] - found.pop("base optimizer") if "step" in found else 0.0
+    base = found.pop("step", 0.0) - found["gates"]
+    return {**found, "base optimizer": base, "rest": 1 - sum(found.values()) - base}
+
+
+@contextmanager
+def _clocked(job: Trainee, watch: Watch) -> Iterator[None]:
+    """Put a clock around the parts of a step that are methods of what the loop is given."""
+    places = [
+        (job.feed, "take", "batches"),
+        (job.accelerator, "backward", "backward"),
+        (job.optimizer, "step", "step"),
+        (job.optimizer.base, "step", "base optimizer"),
+    ]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, part in places:
+        setattr(owner, name, watch.around(part, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, plain in kept:
+            setattr(owner, name, plain)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _ratio(times: list[float], others: list[float]) -> dict[str, float]:
+    pairs = [a / b for a, b in zip(times, others, strict=True)]
+    low, middle, high = statistics.quantiles(pairs, n=4)
+    return {"ratio": middle, "q1": low, "q3": high}
+
+
+def _figures(
+    seconds: Mapping[str, list[float]], name: str, tokens: int, flops: float, device: torch.device
+) -> dict[str, Any]:
+    middle = statistics.median(seconds[name])
+    peak = _peak(device)
+    return {
+        **_ratio(seconds[name], seconds["bare"]),
+        "ms": 1e3 * middle,
+        "tokens_per_second": tokens / middle,
+        "mfu": None if peak is None else flops / middle / peak,
+    }
+
+
+def _peak(device: torch.device) -> float | None:
+    """Return a device's peak in dense bfloat16, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAKS.items() if key in name), None)
+
+
+def bars(sizes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return whether arskit keeps up with the others, by the median of each size."""
+    found = []
+    for s in sizes:
+        bare, trainer = s["loops"]["arskit"], s["trainer_over_arskit"]
+        at = f"{s['size']} on {s['device']}"
+        for claim, met, r in (
+            ("within 3 % of the bare loop", bare["ratio"] <= WITHIN_BARE, bare),
+            ("at least as fast as the Trainer", trainer["ratio"] >= WITHIN_TRAINER, trainer),
+        ):
+            figures = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
+            found.append({"claim": f"{at}: {claim}", "met": met, "figures": figures})
+    return found
+
+
+def main() -> None:
+    """Measure the sizes and print what they came to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--sizes", default="embedded d14,20M d14", help="names, commas between")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures here; sizes there stay")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    more = {
+        "train.device": options.device,
+        "train.precision": options.precision,
+        "train.compile": options.compile,
+    }
+    found = []
+    for size in options.sizes.split(","):
+        found.append(
+            compare(size, more, rounds=options.rounds, block=options.block, threads=options.threads)
+        )
+        for name, r in found[-1]["loops"].items():
+            print(f"{size}, {name}: {r['tokens_per_second']:,.0f} tokens/s, {r['ratio']:.3f}")
+        print({part: f"{share:.1%}" for part, share in found[-1]["parts"].items()}, flush=True)
+    for bar in bars(found):
+        print(f"{'met' if bar['met'] else 'NOT met'}: {bar['claim']}: {bar['figures']}")
+    if options.json:
+        kept = json.loads(options.json.read_text())["sizes"] if options.json.exists() else []
+        kept = [s for s in kept if s["size"] not in {f["size"] for f in found}]
+        report = {
+            "environment": {
+                "machine": platform.machine(),
+                "threads": options.threads,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "accelerate": accelerate.__version__,
+            },
+            "sizes": [*kept, *found],
+            "bars": bars([*kept, *found]),
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The benchmarks of throughput and of cost against size, on the real code at a very small size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own
+def test_three_loops_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import throughput
+
+    tiny = {"family.members": "d2", "data.sequence_length": 16, "train.batch_size": 2}
+    monkeypatch.setitem(throughput.SIZES, "tiny", tiny)
+    found = throughput.compare("tiny", {"train.device": "cpu"}, rounds=2, block=2, threads=1)
+    assert found["trainer_differs_by"] < 1e-3
+    assert found["loops"]["bare"]["ratio"] == 1.0
+    assert found["loops"]["arskit"]["tokens_per_second"] > 0
+    assert found["loops"]["arskit"]["mfu"] is None
+    parts = found["parts"]
+    assert sum(parts.values()) == pytest.approx(1.0)
+    assert {"batches", "forward", "backward", "gates", "base optimizer"} <= parts.keys()
+    assert all(share >= 0 for share in parts.values())
+
+
+def test_large_sizes_are_planned_without_weights(tmp_path: Path) -> None:
+    import throughput
+
+    for size, parameters in (("1B", 1.0e9), ("7B", 7.6e9)):
+        plan = throughput.plan_of(size, 10, {"train.device": "cpu"}, tmp_path)
+        assert plan.members[0].parameters == pytest.approx(parameters, rel=0.25)
+
+
+def figures(ratio: float, trainer: float) -> dict[str, Any]:
+    def made(r: float) -> dict[str, float]:
+        return {"ratio": r, "q1": r, "q3": r}
+
+    loops = {"arskit": made(ratio)}
+    return {"size": "s", "device": "cpu", "loops": loops, "trainer_over_arskit": made(trainer)}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "trainer", "met"),
+    [(1.02, 1.01, [True, True]), (1.04, 1.01, [False, True]), (1.0, 0.99, [True, False])],
+)
+def test_a_bar_is_met_where_it_is(ratio: float, trainer: float, met: list[bool]) -> None:
+    import throughput
+
+    assert [bar["met"] for bar in throughput.bars([figures(ratio, trainer)])] == met
+
+
+def test_every_cost_is_measured(tmp_path: Path) -> None:
+    import growth
+
+    sizes = {"text": 1, "checkpoint": 1, "history": 50, "family": 2, "growth": 11}
+    assert sizes.keys() == growth.MEASURES.keys() == growth.DEFAULT.keys() == growth.UNITS.keys()
+    for kind, size in sizes.items():
+        found = growth.measure(kind, [size])
+        assert found["exponents"]["seconds"] is None
+        assert found["points"][0]["seconds"] > 0
+
+
+def test_what_grows_worse_than_in_proportion_is_named() -> None:
+    import growth
+
+    points = [{"size": s, "seconds": s**2 / 100, "verify_seconds": s} for s in (10.0, 20.0)]
+    exponents = {key: growth.exponent(points, key) for key in ("seconds", "verify_seconds")}
+    assert exponents == pytest.approx({"seconds": 2.0, "verify_seconds": 1.0})
+    assert growth.worse([{"kind": "x", "exponents": exponents}]) == ["x: seconds, exponent 2.00"]
