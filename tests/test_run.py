@@ -237,9 +237,9 @@ def test_damaged_records_are_named_and_never_shown(
     whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     from ars_kit.choosing import select
-    from ars_kit.rules import Rule
     from ars_kit.errors import IntegrityError
     from ars_kit.outcome import status as read_status
+    from ars_kit.rules import Rule
 
     mine = tmp_path / "run"
     shutil.copytree(whole[0], mine)
