@@ -143,6 +143,7 @@ def inheritance_arms(name: str) -> str:
                 [
                     arm,
                     f"{rung['kappa']:.2f}",
+                    str(gaps[max(gaps)]["n"]),
                     f"{within} of {len(gaps)}",
                     f"{_figure(gaps[worst])} ({tree['members'][worst]})",
                     _figure(gaps[max(gaps)]),
@@ -152,6 +153,7 @@ def inheritance_arms(name: str) -> str:
     heads = [
         "arm",
         "budget",
+        "seeds",
         "members within sigma",
         "worst gap",
         "gap of the largest",
