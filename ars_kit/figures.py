@@ -15,11 +15,11 @@ import torch
 
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import PluginError
+from ars_kit.history import read_history
 from ars_kit.losses import convergence_step, final_loss
 from ars_kit.models import count_parameters
 from ars_kit.outcome import read_metrics
 from ars_kit.settings import to_toml
-from ars_kit.store import read_history
 
 if TYPE_CHECKING:
     from ars_kit.births import Cradle, Newborn

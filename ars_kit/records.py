@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from ars_kit.durable import MANIFEST, check_file, read_manifest, sha256
 from ars_kit.errors import ConfigError, IntegrityError
+from ars_kit.history import read_history
 from ars_kit.lineage import Entry
 from ars_kit.outcome import frozen_settings, read_metrics
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings
-from ars_kit.store import BEST, CONTROLS, CURVE, HISTORY, RunFolder, read_history
+from ars_kit.store import BEST, CONTROLS, CURVE, HISTORY, RunFolder
 
 CONTROL_RECORD = "control.json"
 PLAN_RECORD = "plan.json"

@@ -31,6 +31,7 @@ from ars_kit.durable import (
     write_atomically,
 )
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
+from ars_kit.history import append_rows, cut_rows
 from ars_kit.lineage import (
     LINEAGE,
     PRIVATE,
@@ -54,7 +55,7 @@ WRITTEN = ("report.md", "report.html", "control.json", TRACKERS)
 """What a run writes about itself besides."""
 LOCK = "lock"
 
-__all__ = ["BEST", "RunFolder", "check_directory", "locate", "read_history", "verify"]
+__all__ = ["BEST", "RunFolder", "check_directory", "locate", "verify"]
 
 
 class RunFolder:
@@ -359,11 +360,7 @@ class RunFolder:
         Raises:
             ArsKitError: the volume is full or refuses to be written.
         """
-        path = self._state_home(member) / name
-        with disk_errors(path):
-            make_directory(path.parent)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_rows(self._state_home(member) / name, rows)
 
     def cut_history(self, member: str, step: int, *, name: str = HISTORY) -> None:
         """Drop what a killed run wrote of ``step`` and later, a torn last line included.
@@ -371,11 +368,7 @@ class RunFolder:
         Raises:
             IntegrityError: a line is not what was written.
         """
-        path = self._state_home(member) / name
-        if path.exists():
-            kept = [row for row in read_history(path) if row["step"] < step]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_atomically(path, text, scratch=self.private)
+        cut_rows(self._state_home(member) / name, step, scratch=self.private)
 
     # --- the folder itself ---
 
@@ -469,46 +462,3 @@ def _best(out: Path) -> str:
         raise IntegrityError(
             f"{path} is damaged: {error!r}. To write it again: arskit select --out {out}"
         ) from error
-
-
-def last_row(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return how many rows a history has, and the last of them; reads no other row.
-
-    A last line torn by a kill is left out.
-
-    Raises:
-        IntegrityError: the last row is not what was written.
-    """
-    count, last = 0, b""
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                count, last = count + 1, line
-    if not count:
-        return 0, {}
-    try:
-        row: dict[str, Any] = json.loads(last)
-        int(row["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}, line {count} is damaged: {error}") from error
-    return count, row
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return a history's rows; a last line torn by a kill is left out.
-
-    Raises:
-        IntegrityError: another line is not what was written.
-    """
-    rows = []
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-                int(row["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(f"{path}, line {number} is damaged: {error}") from error
-            rows.append(row)
-    return rows

@@ -22,7 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # forking is only sound from a single threa
 import torch
 from safetensors.torch import save_file
 
-from ars_kit.store import RunFolder, read_history, verify
+from ars_kit.history import read_history
+from ars_kit.store import RunFolder, verify
 
 SAVE_EVERY = 2
 

@@ -18,6 +18,7 @@ from ars_kit.comparison import compare
 from ars_kit.controls import plan_controls, with_curve
 from ars_kit.curve import sample
 from ars_kit.errors import ConfigError, Preempted
+from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.kinship import lineage_facts
 from ars_kit.outcome import frozen_settings, status
@@ -25,7 +26,7 @@ from ars_kit.plan import RunPlan, plan_run
 from ars_kit.records import RunRecord, read_run
 from ars_kit.runs import execute
 from ars_kit.settings import Settings, resolve
-from ars_kit.store import RunFolder, read_history, verify
+from ars_kit.store import RunFolder, verify
 
 
 @pytest.fixture(scope="module")

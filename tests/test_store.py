@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from ars_kit.durable import disk_errors
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
+from ars_kit.history import read_history
 from ars_kit.state import pack, unpack
-from ars_kit.store import RunFolder, check_directory, locate, read_history, verify
+from ars_kit.store import RunFolder, check_directory, locate, verify
 
 
 def writer(content: str) -> Callable[[Path], None]:

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from ars_kit.errors import ArsKitError
+from ars_kit.history import read_history
 from ars_kit.lock import exclusive
-from ars_kit.store import RunFolder, check_directory, read_history, verify
+from ars_kit.store import RunFolder, check_directory, verify
 
 VICTIM = Path(__file__).with_name("store_victim.py")
 

@@ -18,12 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from ars_kit.curve import heldout_nats
 from ars_kit.data import Corpus
+from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.models import load_member
 from ars_kit.plan import pick_device, plan_run
 from ars_kit.runs import execute, open_corpus
 from ars_kit.settings import Settings, resolve
-from ars_kit.store import RunFolder, read_history
+from ars_kit.store import RunFolder
 from ars_kit.tokens import heldout_windows
 from inheritance.arms import ARMS
 from inheritance.scale import SCALES, Scale
