@@ -28,6 +28,10 @@ HELLO = [{"role": "user", "content": "größer"}]
 CHAT = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0}
 
 
+def form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def service_of(path: Path, **more: Any) -> Service:
     fields = {"context": None, "slots": 3, "say": print, "cache": path.parent / "cache", **more}
     return Service(name="tiny", path=path, digest="0", **fields)
@@ -303,6 +307,79 @@ def test_the_end_of_text_ends_an_answer(saying: Any, tokenizer: ServedTokenizer)
     assert made["usage"]["completion_tokens"] == len(tokens)
 
 
+# --- answers of a form -----------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "größe": {"type": "integer", "minimum": 0, "maximum": 300},
+        "wach": {"type": "boolean"},
+        "gruß": {"enum": ["hallo 😀", "tschüß"]},
+    },
+    "required": ["größe", "wach", "gruß"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_keeps_to_its_schema_streamed_or_not(
+    client: TestClient, temperature: float
+) -> None:
+    ask = {**CHAT, "response_format": form(PERSON), "n": 3, "seed": 4, "max_tokens": 75}
+    ask["temperature"] = temperature
+    whole = client.post("/v1/chat/completions", json=ask).json()["choices"]
+    streamed = events(client.post("/v1/chat/completions", json={**ask, "stream": True}).text)
+    pieces = [""] * 3
+    for chunk in streamed:
+        (choice,) = chunk["choices"]
+        pieces[choice["index"]] += choice["delta"].get("content", "")
+    assert pieces == [choice["message"]["content"] for choice in whole]
+    for choice in whole:
+        assert choice["finish_reason"] == "stop"
+        said = json.loads(choice["message"]["content"])
+        assert set(said) == {"größe", "wach", "gruß"}
+        assert 0 <= said["größe"] <= 300
+        assert said["gruß"] in PERSON["properties"]["gruß"]["enum"]  # type: ignore[index]
+
+
+def test_a_json_object_is_asked_for_without_a_schema(client: TestClient) -> None:
+    ask = {**ASK, "response_format": {"type": "json_object"}, "max_tokens": 30, "n": 4}
+    for choice in client.post("/v1/completions", json={**ask, "seed": 1}).json()["choices"]:
+        assert choice["text"].startswith("{")
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(choice["text"]), dict)
+    plain = client.post("/v1/completions", json={**ASK, "response_format": {"type": "text"}})
+    assert plain.json()["choices"] == client.post("/v1/completions", json=ASK).json()["choices"]
+
+
+def test_a_form_goes_with_bias_stops_and_logprobs(
+    client: TestClient, tokenizer: ServedTokenizer
+) -> None:
+    token = tokenizer.prompt("g")[0]
+    ask = {**ASK, "response_format": form({"type": "string"}), "logit_bias": {str(token): 100}}
+    made = client.post("/v1/completions", json={**ask, "stop": "ggg", "logprobs": 1}).json()
+    (choice,) = made["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ('"', "stop")
+    assert choice["logprobs"]["tokens"][:2] == ['"', "g"]
+
+
+def test_a_grammar_that_outgrows_its_limits_fails_alone(
+    saying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ars_kit_serving.constraints import Constraint, SchemaError
+
+    client, _ = saying("loss", slots=2)
+
+    def outgrown(*_: Any) -> Any:
+        raise SchemaError("too complex")
+
+    monkeypatch.setattr(Constraint, "allowed", outgrown)
+    ask = {**ASK, "response_format": {"type": "json_object"}}
+    assert error_of(client.post("/v1/completions", json=ask), 500)["code"] == "engine_error"
+    assert client.post("/v1/completions", json=ASK).status_code == 200
+    assert client.app.state.desk.models["tiny"].scheduler.active == {}
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -329,7 +406,15 @@ def test_the_end_of_text_ends_an_answer(saying: Any, tokenizer: ServedTokenizer)
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": form({"type": "nonsense"})}, "response_format"),
+        ({"response_format": form({"$ref": "http://x.example/y"})}, "response_format"),
+        ({"response_format": form({"not": {"type": "string"}})}, "response_format"),
+        (
+            {"response_format": form({"type": "string", "minLength": 3, "maxLength": 2})},
+            "response_format",
+        ),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"model": None}, "model"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import booleans, one_of
 from schemathesis import GenerationMode
 from served import Scripted, model_of
@@ -61,6 +61,7 @@ def test_nothing_that_is_sent_is_an_error_of_the_server(api: Any, method: str, p
         max_examples=CASES if method == "POST" else max(CASES // 10, 5),
         deadline=None,
         database=None,
+        phases=[Phase.generate],  # what fails is shown as it was sent
         suppress_health_check=list(HealthCheck),
     )
     def fuzz(case: schemathesis.Case, served: bool) -> None:

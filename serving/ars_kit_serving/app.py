@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from ars_kit import __version__
 from ars_kit_serving.answers import ChatShape, CompletionShape, Shape, usage_of
 from ars_kit_serving.chat import chat_page
+from ars_kit_serving.constraints import SchemaError, constraint_of
 from ars_kit_serving.failures import ApiError, no_model, too_long, too_slow
 from ars_kit_serving.generation import Generation, Model, Order
 from ars_kit_serving.guard import Gate, Journal, Rules
@@ -75,8 +76,15 @@ class Desk:
         try:  # in a thread: a long text takes a while, and others are being answered
             async with asyncio.timeout(self.seconds):
                 prompts = await asyncio.to_thread(_prompts, model, request)
+                constraint = await asyncio.to_thread(
+                    constraint_of, request.response_format, model.tokenizer
+                )
         except TimeoutError:
             raise too_slow(self.seconds) from None
+        except SchemaError as error:
+            raise ApiError(
+                400, f"response_format: {error}", param="response_format", code="invalid_schema"
+            ) from error
         except PromptError as error:
             code = "context_length_exceeded" if error.long else "invalid_prompt"
             raise ApiError(400, f"{field}: {error}", param=field, code=code) from error
@@ -100,6 +108,7 @@ class Desk:
             limits=[_limit(request, len(p), scheduler.engine.context, field) for p in prompts],
             seconds=self.seconds,
             begun=begun,
+            constraint=constraint,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ars_kit_serving.answers import Answer
+from ars_kit_serving.constraints import Constraint
 from ars_kit_serving.failures import ApiError, too_slow
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.measures import Measures
@@ -52,6 +53,7 @@ class Order:
         limits: tokens that an answer may have, by prompt.
         seconds: until it is given up.
         begun: when it came, as :func:`time.monotonic` has it.
+        constraint: that every answer begins with; None for any text.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -61,6 +63,7 @@ class Order:
     limits: Sequence[int]
     seconds: float
     begun: float
+    constraint: Constraint | None = None
 
 
 class Generation:
@@ -87,7 +90,9 @@ class Generation:
         self._jobs = [
             Job(
                 prompt=order.prompts[answer.index // order.choices],
-                sampler=Sampler(order.sampling, answer.index),
+                sampler=Sampler(
+                    order.sampling, answer.index, order.constraint and order.constraint.copy()
+                ),
                 limit=order.limits[answer.index // order.choices],
                 ends=model.tokenizer.ends,
                 deliver=self._deliver,

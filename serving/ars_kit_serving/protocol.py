@@ -20,6 +20,9 @@ MAX_SEQUENCES = 64
 DEFAULT_TOKENS = 16
 """Tokens of a completion that names no limit, as OpenAI has it. A chat may fill the context."""
 
+FORMS = ("text", "json_object", "json_schema")
+"""Types of ``response_format``."""
+
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Token = Annotated[int, Field(ge=0)]
 Finite = ConfigDict(allow_inf_nan=False, extra="ignore")
@@ -130,8 +133,8 @@ class ChatRequest(Common):
 def refusal(request: CompletionRequest | ChatRequest) -> tuple[str, str] | None:
     """Return the field of a request that cannot be honoured, and why; or None."""
     kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        return "response_format", f"{kind!r} is not supported: answers are plain text"
+    if kind not in FORMS:
+        return "response_format", f"its type may be {', '.join(FORMS)}"
     if request.stream_options is not None and not request.stream:
         return "stream_options", "it is for streams; send stream: true with it"
     if isinstance(request, ChatRequest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,16 +55,30 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Constraint(Protocol):
+    """Which tokens may come next, such as those that keep to a grammar."""
+
+    def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
+        """Return which tokens may come next, at least one, shape (vocabulary,)."""
+
+    def take(self, token: int) -> None:
+        """Hear which token came."""
+
+
 class Sampler:
     """Draws the tokens of one answer.
 
     Args:
         how: see :class:`Sampling`.
         choice: the answer's number among those to the same request; each draws on its own.
+        constraint: of this answer alone; log-probabilities are the model's, without it.
     """
 
-    def __init__(self, how: Sampling, choice: int = 0) -> None:
+    def __init__(
+        self, how: Sampling, choice: int = 0, constraint: Constraint | None = None
+    ) -> None:
         self.how = how
+        self.constraint = constraint
         entropy = None if how.seed is None else (how.seed % 2**64, choice)
         self._random = np.random.default_rng(entropy)
         self._seen: Counter[int] = Counter()
@@ -72,11 +87,15 @@ class Sampler:
         """Return the next token; logits have shape (vocabulary,)."""
         how = self.how
         scores = self._adjusted(logits)
+        if self.constraint is not None:
+            scores = np.where(self.constraint.allowed(len(scores)), scores, -np.inf)
         if how.temperature == 0:
             token = int(scores.argmax())
         else:
             token = self._pick(_softmax(scores.astype(np.float64) / how.temperature))
         self._seen[token] += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
         if how.logprobs is None:
             return Drawn(token)
         logs = np.log(np.maximum(_softmax(logits.astype(np.float64)), 1e-300))

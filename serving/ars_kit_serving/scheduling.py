@@ -149,24 +149,29 @@ class Scheduler:
 
     def _begin(self, slot: int, job: Job) -> Step:
         try:
-            return self._advance(slot, job, self.engine.prefill(slot, job.prompt))
+            logits = self.engine.prefill(slot, job.prompt)
         except Exception as error:  # noqa: BLE001 -- an engine's own; the others go on
             self._leave(slot)
             return Step(None, error=error)
+        return self._advance(slot, job, logits)
 
     def _round(self) -> list[tuple[Job, Step]]:
         jobs = dict(self.active)
         try:
             logits = self.engine.decode({slot: job.last for slot, job in jobs.items()})
-            rows = zip(jobs.items(), logits, strict=True)
-            return [(job, self._advance(slot, job, row)) for (slot, job), row in rows]
+            rows = list(zip(jobs.items(), logits, strict=True))
         except Exception as error:  # noqa: BLE001 -- an engine's own; those who wait go on
             for slot in list(self.active):
                 self._leave(slot)
             return [(job, Step(None, error=error)) for job in jobs.values()]
+        return [(job, self._advance(slot, job, row)) for (slot, job), row in rows]
 
     def _advance(self, slot: int, job: Job, logits: object) -> Step:
-        drawn = job.sampler.draw(logits)  # type: ignore[arg-type] # the engine's promise
+        try:
+            drawn = job.sampler.draw(logits)  # type: ignore[arg-type] # the engine's promise
+        except Exception as error:  # noqa: BLE001 -- one answer's grammar; the others go on
+            self._leave(slot)
+            return Step(None, error=error)
         job.made += 1
         job.last = drawn.token
         finish: Finish | None = None

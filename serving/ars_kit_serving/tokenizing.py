@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
 from transformers import GenerationConfig
 
@@ -87,6 +89,15 @@ class ServedTokenizer:
         if not self._byte_level or (normalizer is not None and composed == 1) or strips:
             return 0
         return composed * max(map(len, self._own.get_vocab()))
+
+    @cached_property
+    def for_grammars(self) -> LLTokenizer:
+        """The same tokenizer as llguidance has it; made when first asked for.
+
+        Raises:
+            ValueError: llguidance cannot read it.
+        """
+        return from_tokenizer(self._own, n_vocab=self.size, eos_token=sorted(self.ends))
 
     def prompt(self, text: str, most: int | None = None) -> list[int]:
         """Return a text's tokens; an empty one becomes the token that texts begin with.
