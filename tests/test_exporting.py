@@ -364,3 +364,20 @@ def test_the_snippets_of_the_page_run(
     assert all(printed)
     # The same model in two formats, the shorter prompt padded: the same text.
     assert ast.literal_eval(printed[1])[0] == printed[0]
+
+
+def test_large_weights_lie_beside_the_graph_and_llama_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ars_kit_serving.decoder.BIG", 1000)
+    path, target = make_checkpoint(tmp_path / "llama", "llama"), tmp_path / "onnx"
+    facts = export(path, target, Choice("onnx"))
+    assert facts["largest_difference"] <= facts["allowed"]
+    assert facts["greedy"]["equal"] + facts["greedy"]["ties"] == 4
+    graph, beside = target / "model.onnx", target / "model.onnx.data"
+    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(path).parameters())
+    assert beside.stat().st_size > 0.9 * weights  # the smallest stay in the graph
+    assert facts["bytes"] == graph.stat().st_size + beside.stat().st_size
+    assert check_directory(target) == []
+    beside.write_bytes(b"rot")
+    assert "model.onnx.data" in " ".join(check_directory(target))

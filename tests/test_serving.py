@@ -179,6 +179,14 @@ def test_a_seed_repeats_and_another_does_not(client: TestClient) -> None:
     assert ask(1) == ask(1) != ask(2)
 
 
+def test_the_least_temperature_there_is_takes_the_most_likely_token(client: TestClient) -> None:
+    texts = {
+        client.post("/v1/completions", json={**ASK, "temperature": t}).json()["choices"][0]["text"]
+        for t in (0, 5e-324, 1e-9)
+    }
+    assert len(texts) == 1
+
+
 def test_logprobs_are_those_of_the_model(
     client: TestClient, checkpoint: Path, tokenizer: ServedTokenizer
 ) -> None:

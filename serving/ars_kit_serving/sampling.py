@@ -13,6 +13,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+COLDEST = 1e-5
+"""A temperature below this is taken for it: logits divided by much less are infinite."""
+
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
@@ -92,7 +95,8 @@ class Sampler:
         if how.temperature == 0:
             token = int(scores.argmax())
         else:
-            token = self._pick(_softmax(scores.astype(np.float64) / how.temperature))
+            warmth = max(how.temperature, COLDEST)
+            token = self._pick(_softmax(scores.astype(np.float64) / warmth))
         self._seen[token] += 1
         if self.constraint is not None:
             self.constraint.take(token)
