@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench serving-bench fuzz crowd soak detector stability report docs package-check clean
+.PHONY: run test lint kill-test bench throughput growth serving-bench fuzz crowd soak detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -30,6 +30,12 @@ bench: $(VENV)/.installed-dev
 serving-bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
 	$(BIN)/python benchmarks/export.py --json benchmarks/results/export.json
+
+throughput: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/throughput.py --threads 1 --json benchmarks/results/throughput.json
+
+growth: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/growth.py --json benchmarks/results/growth.json
 
 detector: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/detector.py

@@ -15,6 +15,9 @@ from ars_kit.spec import Damping, DampingGate, StepSignal
 MOMENTS = ("exp_avg", "momentum_buffer")
 """What torch's optimizers call the running mean of the gradients."""
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Kinds of tensors that are whole on one device."""
+
 
 class Once:
     """Calls a function the first time and remembers the answer."""
@@ -229,6 +232,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _alike(tensors: list[Tensor]) -> list[list[int]]:
     """Return the places of tensors of one device and one mesh: they share kernels, reductions."""
+    first = tensors[0].device if tensors else None
+    if all(type(t) in PLAIN and t.device == first for t in tensors):  # by far the most common
+        return [list(range(len(tensors)))] if tensors else []
     alike: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         key = tensor.device, getattr(tensor, "device_mesh", None)

@@ -108,8 +108,10 @@ def _multiply(grads: list[Tensor], factors: Tensor | float) -> None:
     """Multiply each gradient in place, by a number or by its own factor of shape (n_tensors,)."""
     mine = [local(g) for g in grads]
     if isinstance(factors, Tensor):
-        each = zip(factors.unbind(), mine, strict=True)
-        torch._foreach_mul_(mine, [f.to(g.device) for f, g in each])
+        each = list(factors.unbind())
+        if any(g.device != factors.device for g in mine):
+            each = [f.to(g.device) for f, g in zip(each, mine, strict=True)]
+        torch._foreach_mul_(mine, each)
     else:
         torch._foreach_mul_(mine, factors)
 

@@ -61,6 +61,13 @@ UNITS = {
     "family": "members",
     "growth": "layers grown to, from 10",
 }
+NAMES = {
+    "seconds": "all of it",
+    "verify_seconds": "verify",
+    "status_seconds": "status",
+    "plan_seconds": "plan",
+    "report_seconds": "report",
+}
 Point = dict[str, float]
 
 
@@ -262,6 +269,32 @@ def worse(found: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
+def draw(kinds: Iterable[dict[str, Any]], path: Path) -> None:
+    """Plot every time against size, each kind from its smallest size, with a line in proportion."""
+    import matplotlib as mpl  # noqa: PLC0415 -- slow to import, and not needed to measure
+
+    mpl.use("svg")
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    shown = list(kinds)
+    figure = Figure(figsize=(9, 2.6 * math.ceil(len(shown) / 3)), layout="constrained")
+    for place, kind in enumerate(shown, start=1):
+        axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, place)
+        sizes = [p["size"] for p in kind["points"]]
+        for key in kind["exponents"]:
+            times = [p[key] for p in kind["points"]]
+            axes.loglog(sizes, times, "o-", markersize=3, label=NAMES.get(key, key))
+        first = kind["points"][0]["seconds"]
+        even = [first * size / sizes[0] for size in sizes]
+        axes.loglog(sizes, even, ":", color="grey", label="in proportion")
+        axes.set_title(kind["kind"], fontsize=9)
+        axes.set_xlabel(kind["unit"], fontsize=8)
+        axes.set_ylabel("seconds", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=6)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def _seconds(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
@@ -301,6 +334,7 @@ def main() -> None:
         whole = sorted([*kept, *found], key=lambda k: list(MEASURES).index(k["kind"]))
         report = {"environment": environment, "kinds": whole, "worse": worse(whole)}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+        draw(whole, options.json.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens a second: arskit's loop, a bare PyTorch loop and the Trainer of transformers, in turns.
 
-All three train copies of one model on the same batches with the same fused AdamW, some steps each
-in turn within one process, without saving; arskit's has every gate of ARS besides, its history and
+All three train copies of one model on the same batches with the same fused AdamW, step by step in
+turns within one process, without saving; arskit's has every gate of ARS besides, its history and
 its meter. What counts is each round's ratio to the bare loop, and of the Trainer's to arskit's. On
 one thread of a CPU the clock is the process's own time, which neighbours on a shared machine do not
 stretch; with more threads, or on a GPU, it is the wall's.
@@ -317,14 +317,18 @@ def _timed(
 ) -> dict[str, list[float]]:
     """Return each loop's seconds a step, round by round; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
     for number in range(rounds + 1):
-        names = list(loops)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
-            begin = clock()
-            loops[name].block(number * block, block)
-            if number:
-                seconds[name].append((clock() - begin) / block)
+        spent = dict.fromkeys(names, 0.0)
+        for step in range(number * block, (number + 1) * block):
+            turn = step % len(names)
+            for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
+                begin = clock()
+                loops[name].block(step, 1)
+                spent[name] += clock() - begin
+        if number:
+            for name in names:
+                seconds[name].append(spent[name] / block)
     return seconds
 
 

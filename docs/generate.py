@@ -222,6 +222,12 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "serving-bars": measured.bars,
     "export-conditions": measured.export_conditions,
     "export-formats": measured.export_formats,
+    "throughput": measured.throughput,
+    "throughput-bars": measured.bars,
+    "step-parts": measured.step_parts,
+    "overhead": measured.overhead,
+    "costs": measured.costs,
+    "worse-than-linear": measured.worse_than_linear,
 }
 
 

@@ -572,3 +572,16 @@ def test_small_files_are_replaced(folder: RunFolder) -> None:
     folder.write_text("report.md", "größer\n")
     assert (folder.path / "report.md").read_bytes() == "größer\n".encode()
     assert [p.name for p in folder.private.iterdir()] == ["state"]
+
+
+def test_the_last_row_is_found_without_reading_the_others(tmp_path: Path) -> None:
+    from ars_kit.store import last_row
+
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 0}\nnot looked at\n{"step": 2, "loss": 3.5}\n{"step": 3, "lo')
+    assert last_row(path) == (3, {"step": 2, "loss": 3.5})
+    path.write_text('{"step": 0')
+    assert last_row(path) == (0, {})
+    path.write_text('{"step": 0}\nbroken\n')
+    with pytest.raises(IntegrityError, match="line 2 is damaged"):
+        last_row(path)
