@@ -88,7 +88,9 @@ def fresh_weights(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
     """
     model = meta_model(config)
     model.to(dtype)  # type: ignore[arg-type]
-    numbers = {name: i for i, name in enumerate(weights_of(model))}
+    firsts: dict[str, int] = {}
+    for number, name in enumerate(weights_of(model)):
+        firsts.setdefault(name.rpartition(".")[0], number)
 
     def read(name: str) -> Tensor:
         owner, _, own = name.rpartition(".")
@@ -99,8 +101,7 @@ def fresh_weights(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
             module.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         with torch.random.fork_rng(devices=[]):
             # Its tensors are drawn together, so all of them by the number of the first.
-            first = min(n for k, n in numbers.items() if k.rpartition(".")[0] == owner)
-            torch.default_generator.manual_seed((seed * 1_000_003 + first) % 2**63)
+            torch.default_generator.manual_seed((seed * 1_000_003 + firsts[owner]) % 2**63)
             model._init_weights(module)  # noqa: SLF001 -- transformers' way to initialise a module
         made: Tensor = module.get_parameter(own).detach()
         for key, parameter in before.items():
