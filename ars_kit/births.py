@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ars_kit.errors import ArsKitError, IntegrityError, PluginError
+from ars_kit.factors import dequantised
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.ledger import counting
 from ars_kit.models import (
@@ -317,12 +318,13 @@ def _runnable(cradle: Cradle, model: PreTrainedModel) -> Callable[[], PreTrained
 
 
 def _by_name(optimizer: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a saved optimizer's tensors by parameter name."""
+    """Return a saved optimizer's tensors by parameter name, those of few bits in float32."""
     found = {}
     for group in optimizer["param_groups"]:
         for name, index in zip(group["names"], group["params"], strict=True):
             entry = optimizer["state"].get(index, {})
-            found[name] = {k: v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+            tensors = {k: v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+            found[name] = {k: dequantised(v) for k, v in tensors.items()}
     return found
 
 

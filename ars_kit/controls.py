@@ -170,7 +170,8 @@ def _alone(settings: Settings, member: MemberPlan) -> Settings:
 
 
 def _timed(made: RunPlan, family: RunPlan) -> RunPlan:
-    """Return a control's plan with the times that its members' FLOPs take in the family's plan."""
+    """Return a control's plan with the family's recipe, and times by its members' FLOPs there."""
+    made = replace(made, recipe=family.recipe)
     times = {m.name: m.seconds / m.planned_flops for m in family.members if m.seconds is not None}
     if not times:
         return made

@@ -210,6 +210,8 @@ def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
     pairs = [(g, m) for g, m in found if m is not None and m.shape == g.shape]
     if not pairs:
         return norms.new_full((), torch.nan)
+    if any(is_quantised(m) for _, m in pairs):
+        return _alignment_of_each(pairs, norms)
     # Tensor by tensor: a product of all of them at once would need the gradients' memory again.
     parts = [
         _together([_dot(*pairs[i]) for i in indices]).sum().to(norms.device)
@@ -218,6 +220,28 @@ def alignment_of(base: Optimizer, norms: Tensor) -> Tensor:
     moments = torch.linalg.vector_norm(norms_of([m for _, m in pairs], norms.device))
     cosine: Tensor = torch.stack(parts).sum() / (torch.linalg.vector_norm(norms) * moments)
     return cosine
+
+
+def _alignment_of_each(pairs: list[tuple[Tensor, Tensor]], norms: Tensor) -> Tensor:
+    """Return the same cosine with one moment at a time in full."""
+    products, squares = [], []
+    for gradient, moment in pairs:
+        m = dequantised(moment).float()
+        products.append(_dot(gradient.float(), m).to(norms.device))
+        squares.append(m.square().sum().to(norms.device))
+    lengths = torch.linalg.vector_norm(norms) * torch.stack(squares).sum().sqrt()
+    cosine: Tensor = torch.stack(products).sum() / lengths
+    return cosine
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torchao's optimizer states of few bits."""
+    return type(tensor).__module__.startswith("torchao.optim.")
+
+
+def dequantised(tensor: Tensor) -> Tensor:
+    """Return a state of few bits as float32, any other tensor as it is."""
+    return tensor.dequantize() if is_quantised(tensor) else tensor
 
 
 def _moment(state: Mapping[str, Any]) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from ars_kit import memory
 from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
@@ -115,8 +116,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     cradle = family.cradle
     born = bear(cradle, member)
     born.facts["setup_flops"] *= accelerator.num_processes  # each of them bears it
-    model, seed = born.model, born.seed
+    model, seed, recipe = born.model, born.seed, family.plan.recipe
     model.to(accelerator.device)
+    memory.prepare(model, recipe)
     shard(accelerator, model)
     if is_sharded(model):
         _require_whole(seed, cradle.who, taught=member.teacher_flops > 0)
@@ -130,7 +132,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     )
     optimizer = build_optimizer(
         family.host,
-        settings.optimizer,
+        recipe.optimizer(settings.optimizer),
         hinted(groups, seed.hints),
         lr=train.lr,
         position=member.position,
@@ -156,6 +158,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         decay_fraction=seed.decay_fraction,
         branch=member.branch,
         curve=Curve.of(settings, family.corpus, member.flops / member.tokens),
+        loss=_loss(family, member.name, born),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
@@ -192,6 +195,21 @@ def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTra
     set_weights(whole, weights)
     whole.to(family.accelerator.device)
     return whole
+
+
+def _loss(family: Family, name: str, born: Newborn) -> Any:
+    """Return how the loss is made; logits stand whole where a strategy or the head needs them."""
+    if not family.plan.recipe.chunked or born.seed.loss is not None:
+        return memory.whole_loss
+    chunked = memory.ChunkedLoss(born.model)
+    if chunked.agrees():
+        return chunked
+    if family.accelerator.is_main_process:
+        family.watcher.aside(
+            f"{name}: a {born.model.config.model_type} does something to its logits behind the "
+            "head, so they stand whole"
+        )
+    return memory.whole_loss
 
 
 def _batches(family: Family, member: MemberPlan, replay: float) -> Batches:

@@ -180,11 +180,12 @@ def _run(cradle: Cradle, parent: str | None) -> dict[str, Any]:
         "source_hash": source_hash(),
         "strategy": str(settings.family.strategy),
         "optimizer": str(settings.optimizer.name),
-        "base_optimizer": str(settings.optimizer.base),
+        "base_optimizer": str(cradle.plan.recipe.optimizer(settings.optimizer).base),
         "seed": settings.family.seed,
         "data_hash": facts.data_hash,
         "tokenizer_hash": facts.tokenizer_hash,
         "precision": cradle.plan.precision,
+        "memory": cradle.plan.recipe.name,
         "versions": _versions(),
     }
 

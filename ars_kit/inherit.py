@@ -145,7 +145,10 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tens
                 # Fused SGD wants every momentum buffer or none.
                 optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             if name in state:
-                optimizer.state[p] = {
+                found = {
                     k: v.clone() if k == "step" else dealt(v.to(p.device, copy=True), p)
                     for k, v in state[name].items()
                 }
+                # Where moments are kept in few bits, the optimizer brings them there.
+                adopt = getattr(optimizer, "adopt", None)
+                optimizer.state[p] = found if adopt is None else adopt(p, found)

@@ -102,6 +102,12 @@ def build_optimizer(
     return DampedOptimizer(optimizer, gates, reduce=reduce, owners=_owners(host, settings, gates))
 
 
+def make_base(host: Host, settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Any:
+    """Return the bare base optimizer, for trials."""
+    _, base = _wrapper_and_base(host, settings)
+    return host.make("optimizers", base, groups, lr=1e-3)
+
+
 def _owners(host: Host, settings: OptimizerSettings, gates: Iterable[str]) -> dict[str | None, str]:
     """Name the plugin that each gate, and under None the base optimizer, comes from."""
     wrapper, base = _wrapper_and_base(host, settings)

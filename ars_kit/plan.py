@@ -10,10 +10,12 @@ import psutil
 import torch
 
 from ars_kit.errors import ConfigError
+from ars_kit.footprint import Footprint
 from ars_kit.host import Host
 from ars_kit.inherit import descents
 from ars_kit.judge import require_distinct
 from ars_kit.measure import probe_device, probe_training
+from ars_kit.memory import RECIPES, Recipe, RecipeName
 from ars_kit.models import (
     count_parameters,
     flops_per_token,
@@ -93,6 +95,8 @@ class RunPlan:
     """A whole run before it starts.
 
     Attributes:
+        recipe: for the device's memory.
+        footprints: what the largest member takes under each recipe, where it was foreseen.
         speed_source: how the time was estimated.
     """
 
@@ -100,8 +104,10 @@ class RunPlan:
     members: tuple[MemberPlan, ...]
     device: str
     precision: Literal["fp32", "bf16"]
+    recipe: Recipe = RECIPES["full"]
     speed_source: str = "not estimated"
     memory_available: int = 0
+    footprints: Mapping[RecipeName, Footprint] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -117,7 +123,9 @@ class RunPlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Estimated peak memory of the largest member."""
+        """Estimated peak memory of the largest member: foreseen, or by a rough formula."""
+        if self.recipe.name in self.footprints:
+            return self.footprints[self.recipe.name].peak
         return max(m.memory_bytes for m in self.members)
 
     @property
@@ -144,11 +152,13 @@ class RunPlan:
             "members": [m.facts() for m in self.members],
             "device": self.device,
             "precision": self.precision,
+            "memory": self.recipe.name,
             "tokens": sum(m.tokens for m in self.members),
             "flops": sum(m.planned_flops for m in self.members),
             "estimated_seconds": self.seconds,
             "estimated_cost": self.cost,
             "estimated_memory_bytes": self.memory_bytes,
+            "memory_by_recipe": {name: f.facts() for name, f in self.footprints.items()},
             "available_memory_bytes": self.memory_available,
             "estimated_disk_bytes": self.disk_bytes,
             "fits": self.memory_bytes <= self.memory_available,
@@ -386,8 +396,8 @@ def _memory(
 
 def _available_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        total: int = torch.cuda.get_device_properties(device).total_memory
-        return total
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
     return int(psutil.virtual_memory().available)
 
 

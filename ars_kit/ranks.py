@@ -37,9 +37,10 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     Raises:
         ConfigError: the launcher asks for an engine that is not supported.
     """
+    # Weights in bf16 compute in it by themselves.
+    autocast = plan.precision == "bf16" and not plan.recipe.bf16_weights
     accelerator = Accelerator(
-        cpu=plan.device == "cpu",
-        mixed_precision="bf16" if plan.precision == "bf16" else "no",
+        cpu=plan.device == "cpu", mixed_precision="bf16" if autocast else "no"
     )
     if plan.device == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         _shard_on_cpu(accelerator)

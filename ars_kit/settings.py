@@ -90,6 +90,8 @@ class TrainSettings:
     """Where to train."""
     compile: bool = False
     """Compile the decoder layers with torch.compile, once for each shape of them in the family."""
+    memory: Literal["auto", "full", "lean", "tiny"] = "auto"
+    """Recipe for the device's memory; auto takes the first of full, lean, tiny that fits."""
     lr: float = 12e-3
     """Peak learning rate (of hidden matrices at width lr_width, where that is set)."""
     lr_width: int | None = 32

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ars_kit.factors import is_quantised
 
 Json = Any
 
@@ -16,7 +20,8 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Json]:
 
     Dicts (with text or whole-number keys, in their order), lists, tuples, None, booleans, whole and
     floating-point numbers, text, and tensors of any dtype and shape are kept exactly. Tensors come
-    back contiguous, on the CPU, each with memory of its own.
+    back contiguous, on the CPU, each with memory of its own. torchao's optimizer states of few bits
+    are kept as the tensors they are made of.
 
     Raises:
         TypeError: anything else, named by its path.
@@ -47,6 +52,12 @@ class _Tensors:
 
 
 def _walk(value: Any, path: str, tensors: _Tensors) -> Json:
+    if isinstance(value, Tensor) and is_quantised(value):
+        names, facts = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: getattr(value, name) for name in names}
+        kind = f"{type(value).__module__}:{type(value).__name__}"
+        facts = {"kind": kind, "facts": [_plain(fact) for fact in facts], "parts": parts}
+        return {"quantised": _walk(facts, path, tensors)}
     if isinstance(value, Tensor):
         return {"tensor": tensors.add(value, path)}
     if value is None or isinstance(value, bool | int | str):
@@ -74,7 +85,36 @@ def unpack(tensors: Mapping[str, Tensor], skeleton: Json) -> Any:
         return body
     if kind == "float":
         return float(body)
+    if kind == "quantised":
+        return _quantised(**unpack(tensors, body))
     if kind == "dict":
         return {key: unpack(tensors, inner) for key, inner in body}
     parts = [unpack(tensors, inner) for inner in body]
     return tuple(parts) if kind == "tuple" else parts
+
+
+def _plain(fact: Any) -> Json:
+    """Spell a shape or a dtype in what JSON has; a truth is one already."""
+    if isinstance(fact, torch.dtype):
+        return str(fact).removeprefix("torch.")
+    return list(fact) if isinstance(fact, torch.Size) else fact
+
+
+def _fact(plain: Json) -> Any:
+    if isinstance(plain, str):
+        return getattr(torch, plain)
+    return torch.Size(plain) if isinstance(plain, list) else plain
+
+
+def _quantised(kind: str, facts: list[Json], parts: dict[str, Tensor]) -> Tensor:
+    """Put a state of few bits together.
+
+    Raises:
+        TypeError: it is none that torch itself would load without running code.
+    """
+    module, _, name = kind.partition(":")
+    made = getattr(import_module(module), name) if module.startswith("torchao.optim.") else None
+    if made is None or made not in torch.serialization.get_safe_globals():
+        raise TypeError(f"a training state holds {kind!r}, which is not known here")
+    whole: Tensor = made.__tensor_unflatten__(parts, [_fact(fact) for fact in facts])
+    return whole

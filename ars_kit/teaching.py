@@ -41,20 +41,21 @@ class Teaching:
     teacher_flops: float = 0.0
 
     def objective(
-        self, step: int, window: Tensor, logits: Tensor, loss: Tensor
+        self, step: int, window: Tensor, logits: Tensor | None, loss: Tensor
     ) -> tuple[Tensor, float]:
         """Return what the micro-batch is to minimise, and the FLOPs it costs beyond ``loss``.
 
         Args:
             step: optimizer steps done before this one.
             window: token ids, shape (sequences, length + 1).
-            logits: of the member, shape (sequences, length, vocabulary).
+            logits: of the member, shape (sequences, length, vocabulary); None where they stand in
+                chunks, which a strategy with a loss of its own rules out.
             loss: their mean cross-entropy, 0-d.
 
         Raises:
             PluginError: the strategy's loss raised, or returned something else than a 0-d tensor.
         """
-        if self.loss is None:
+        if self.loss is None or logits is None:
             return loss, 0.0
         inputs, targets = window[:, :-1], window[:, 1:]
         taught, spent = None, 0.0

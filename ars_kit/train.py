@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ars_kit.compiling import compiled, eagerly
 from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError, Preempted
 from ars_kit.feed import Feed
 from ars_kit.measure import Meter
+from ars_kit.memory import whole_loss
 from ars_kit.models import set_weights, weights_of
 from ars_kit.ranks import wrapped as wrapped_model
 from ars_kit.recovery import Recovery
@@ -77,6 +77,7 @@ class Trainee:
         decay_fraction: share of the steps in which it falls; None for the run's.
         branch: steps after which the state is also kept for an heir; None where no heir wants it.
         curve: when the held-out text is judged along the way; None for never.
+        loss: of the wrapped model on a window: logits, or None, and the mean cross-entropy.
     """
 
     plan: MemberPlan
@@ -95,6 +96,7 @@ class Trainee:
     decay_fraction: float | None = None
     branch: int | None = None
     curve: Curve | None = None
+    loss: Callable[[Any, Tensor], tuple[Tensor | None, Tensor]] = whole_loss
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
@@ -172,8 +174,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     for micro, window in enumerate(job.feed.take(place), start=1):
         last = micro == train.accumulation
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+            logits, loss = job.loss(wrapped, window)
             objective, flops = job.teaching.objective(step, window, logits, loss)
             # The gates and the history see the cross-entropy, whatever else is minimised.
             job.optimizer.observe(loss / train.accumulation)

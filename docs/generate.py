@@ -212,6 +212,8 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-named": measured.named,
     "stability-scores": measured.scores,
     "detector": measured.detector,
+    "memory-fits": measured.memory_fits,
+    "memory-measured": measured.memory_measured,
     "evaluation-speed": measured.evaluation_speed,
     "evaluation-prompt": measured.evaluation_prompt,
     "inheritance-conditions": measured.inheritance_conditions,

@@ -41,6 +41,7 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--precision", "train.precision", "auto, fp32 or bf16."),
     ("--device", "train.device", "auto, cpu, cuda or mps."),
     ("--compile", "train.compile", "Compile the decoder layers; slow to begin, then faster."),
+    ("--memory", "train.memory", "Recipe: auto, full, lean or tiny."),
     ("--lr", "train.lr", "Peak learning rate."),
     ("--schedule", "train.schedule", "wsd, cosine or constant."),
     ("--optimizer", "optimizer.name", "A wrapper (ars) or a base optimizer (adamw)."),

@@ -46,6 +46,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     """Train the family, or go on where it was stopped."""
     from ars_kit.controls import plan_controls, with_curve
     from ars_kit.display import Display, fitted
+    from ars_kit.fitting import fitted_plan, require_fit
     from ars_kit.plan import estimate, plan_run
     from ars_kit.report import COLUMNS, markdown_table, row_of
     from ars_kit.reporting import write_report
@@ -53,7 +54,8 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
 
     host, console = make_host(), make_console(stderr=True)
     settings = settings_of_run(out, options) if resume else settings_from(options)
-    plan = with_curve(plan_run(settings, host))
+    plan = fitted_plan(with_curve(plan_run(settings, host)), host, out)
+    require_fit(plan, host)
     settings = plan.settings
     controls = plan_controls(plan, host)  # what cannot be is said now
     main_process = os.environ.get("RANK", "0") == "0"
@@ -121,11 +123,13 @@ def _train(control: Control, host: Host, out: Path, console: Console) -> list[di
 def plan(out: Path, as_json: bool, **options: Any) -> None:
     """Show what a run would train, its time, memory, disk and cost."""
     from ars_kit.controls import plan_controls, with_curve
+    from ars_kit.fitting import fitted_plan
     from ars_kit.plan import estimate, plan_run
     from ars_kit.store import free_bytes
 
     host = make_host()
-    made = estimate(with_curve(plan_run(settings_from(options), host)))
+    laid_out = with_curve(plan_run(settings_from(options), host))
+    made = estimate(fitted_plan(laid_out, host, out, look=True))
     controls = plan_controls(made, host)
     tell_of(host)
     if as_json:
@@ -175,6 +179,8 @@ def _print_plan(
         f"{byte_count(plan.memory_available)} on {plan.device}; "
         f"{byte_count(plan.disk_bytes)} of disk, {room} in {byte_count(free)} at {out}.",
     )
+    peaks = ", ".join(f"{name} {byte_count(f.peak)}" for name, f in plan.footprints.items())
+    say(console, f"Memory recipe: {plan.recipe.name}{f' (peaks: {peaks})' if peaks else ''}.")
     for control in controls:
         steps = sum(m.steps for m in control.plan.members)
         flops = sum(m.planned_flops for m in control.plan.members)

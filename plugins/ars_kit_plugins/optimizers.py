@@ -34,6 +34,44 @@ def adamw(
     return torch.optim.AdamW(_rated(params), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
+def adamw_8bit(
+    params: Groups, *, lr: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
+) -> Optimizer:
+    """AdamW with 8-bit moments, which rounds bf16 weights stochastically (torchao).
+
+    Tensors of fewer than 4,096 numbers, or of no multiple of 256, keep theirs in full.
+
+    Args:
+        params: torch parameter groups.
+        lr: peak learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+    """
+    from ars_kit_plugins.lowbit import EightBit  # noqa: PLC0415 -- an extra, and slow to import
+
+    return EightBit(params, lr, (beta1, beta2), eps, bf16_stochastic_round=True)
+
+
+def adamw_4bit(
+    params: Groups, *, lr: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
+) -> Optimizer:
+    """AdamW with 4-bit moments, which rounds bf16 weights stochastically (torchao).
+
+    Tensors of fewer than 4,096 numbers, or of no multiple of 128, keep theirs in full.
+
+    Args:
+        params: torch parameter groups.
+        lr: peak learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+    """
+    from ars_kit_plugins.lowbit import FourBit  # noqa: PLC0415 -- an extra, and slow to import
+
+    return FourBit(params, lr, (beta1, beta2), eps, bf16_stochastic_round=True)
+
+
 def sgd(params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
     """Stochastic gradient descent with momentum, fused.
 
@@ -90,6 +128,8 @@ def arskit_optimizers() -> list[Offer[Optimizer]]:
     """Offer the built-in base optimizers."""
     return [
         Offer("adamw", "AdamW, fused", adamw),
+        Offer("adamw-8bit", "AdamW with 8-bit moments (extra: lowbit)", adamw_8bit),
+        Offer("adamw-4bit", "AdamW with 4-bit moments (extra: lowbit)", adamw_4bit),
         Offer("sgd", "SGD with momentum, fused", sgd),
         Offer("adafactor", "Adafactor: factored second moments", adafactor),
         Offer("muon", "Muon on hidden matrices, AdamW on the rest", muon),

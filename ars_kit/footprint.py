@@ -1,0 +1,252 @@
+"""The peak memory of training steps, foreseen from a configuration alone.
+
+Two real steps are taken on fake tensors, which have shapes and no memory: the model, the loss, the
+backward pass and the optimizer are those of the run, and every storage that they make is counted
+from its birth to its end. So nothing here is a formula, but for the depth: of a deep model three
+and four layers are tried and each phase of the step is continued in a straight line.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from ars_kit import memory
+from ars_kit.models import build, parameter_groups
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PretrainedConfig
+
+    from ars_kit.memory import Recipe
+
+TRIED = (3, 4)
+"""Layers that stand in for a deeper model's."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every tensor storage made under it, real or fake.
+
+    Memory that a kernel takes and returns within itself is not seen; nor is what the allocator
+    rounds up or keeps.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were, since it was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            # A subclass made of tensors has no memory but theirs.
+            wrapper: bool = is_traceable_wrapper_subclass(tensor)
+            if isinstance(tensor, Tensor) and not wrapper:
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata  # noqa: SLF001 -- what identifies a storage
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self.now += self._alive[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes at the peak of a training step.
+
+    Attributes:
+        peak: all of them.
+        weights: of them, the parameters'.
+        gradients: of all parameters together.
+        states: the optimizer's.
+        rest: what of the peak is none of these: activations, logits, temporaries. Where the peak
+            comes before the last gradient, some gradients are not there yet, and it is negative
+            by less than they are.
+    """
+
+    peak: int
+    weights: int
+    gradients: int
+    states: int
+
+    @property
+    def rest(self) -> int:
+        """What is none of weights, gradients and states."""
+        return self.peak - self.weights - self.gradients - self.states
+
+    def facts(self) -> dict[str, int]:
+        """Return the figures, JSON-ready."""
+        return {**asdict(self), "rest": self.rest}
+
+
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """The peak of each phase, and what stands between steps."""
+
+    forward: int
+    top: int  # backward through the head and the last layer
+    below: int
+    step: int
+    weights: int
+    gradients: int
+    states: int
+
+
+def footprint(
+    config: PretrainedConfig,
+    *,
+    recipe: Recipe,
+    bf16: bool,
+    sequences: int,
+    length: int,
+    make: Callable[[list[dict[str, Any]]], Optimizer],
+    accumulated: bool = False,
+    device: str = "cpu",
+) -> Footprint:
+    """Return what a training step takes at its peak; nothing is allocated.
+
+    Args:
+        config: the member's.
+        recipe: for the device's memory.
+        bf16: whether fp32 weights compute in bf16 (autocast).
+        sequences: of a micro-batch.
+        length: tokens of one.
+        make: the base optimizer over parameter groups.
+        accumulated: whether a micro-batch finds the gradients of those before it.
+        device: elsewhere than on the CPU torch's and torchao's fused or compiled optimizers are
+            taken to need no memory beside their states.
+    """
+
+    def tried(layers: int | None) -> _Phases:
+        found = config if layers is None else _shallow(config, layers)
+        return _simulate(
+            found, recipe, bf16, (sequences, length), make, accumulated=accumulated, device=device
+        )
+
+    depth = getattr(config, "num_hidden_layers", 0)
+    if depth <= TRIED[1] + 1 or config.get_text_config() is not config:
+        p = tried(None)
+    else:
+        low, high = (asdict(tried(n)) for n in TRIED)
+        p = _Phases(**{k: low[k] + (high[k] - low[k]) * (depth - TRIED[0]) for k in low})
+    return Footprint(max(p.forward, p.top, p.below, p.step), p.weights, p.gradients, p.states)
+
+
+def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    tree = config.to_dict()
+    tree["num_hidden_layers"] = layers
+    if tree.get("layer_types"):
+        tree["layer_types"] = tree["layer_types"][:layers]
+    return type(config).from_dict(tree)
+
+
+def _simulate(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    bf16: bool,
+    shape: tuple[int, int],
+    make: Callable[[list[dict[str, Any]]], Optimizer],
+    *,
+    accumulated: bool,
+    device: str,
+) -> _Phases:
+    with _unpacked(), FakeTensorMode(), LiveBytes() as live:
+        model = build(config, seed=0)
+        memory.prepare(model, recipe)
+        model.train()
+        weights = live.now
+        groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
+        optimizer = make(groups)
+        loss_of = memory.ChunkedLoss(model) if recipe.chunked else memory.whole_loss
+        window = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64)
+        _take_gradients(model)
+        gradients = live.now - weights
+        optimizer.step()
+        optimizer.zero_grad()
+        states = live.now - weights
+        if accumulated:
+            _take_gradients(model)
+        peaks: list[int] = []
+
+        def phase() -> None:
+            peaks.append(live.peak)
+            live.peak = live.now
+
+        live.peak = live.now
+        passed = _second_last_output(model, config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not recipe.bf16_weights):
+            logits, loss = loss_of(model, window)
+        del logits
+        phase()
+        for output in passed[:1]:
+            output.register_hook(lambda _: phase())
+        loss.backward()
+        phase()
+        if device == "cpu":
+            optimizer.step()
+        phase()
+    forward, *backward, step = peaks
+    return _Phases(forward, backward[0], backward[-1], step, weights, gradients, states)
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Spare transformers the look for packed documents, whose values fake tensors do not have.
+
+    Not finding out, it would make the attention mask that a run does without.
+    """
+    name = "find_packed_sequence_indices"
+    known = getattr(masking_utils, name, None)
+    if known is not None:
+        setattr(masking_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        if known is not None:
+            setattr(masking_utils, name, known)
+
+
+def _take_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _second_last_output(model: nn.Module, config: PretrainedConfig) -> Sequence[Tensor]:
+    """Return a list that the forward pass puts the second last layer's output into."""
+    passed: list[Tensor] = []
+    depth = config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not passed and tensor.requires_grad:
+            passed.append(tensor)
+
+    if stacks and depth > 1:
+        stacks[0][depth - 2].register_forward_hook(note)
+    return passed

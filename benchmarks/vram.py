@@ -1,0 +1,148 @@
+"""Peak memory by recipe, model size and sequence length: foreseen, and measured where it can be.
+
+    python benchmarks/vram.py --json benchmarks/results/vram.json
+
+On the CPU small models are measured by the live bytes of two real steps; on a GPU
+(``--device cuda``) by torch's allocator, with a Qwen2.5-7B of random weights (``--large``) where it
+fits. The tables of ``docs/memory.md`` are made from the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, Qwen2Config, __version__
+
+from ars_kit.figures import device_name
+from ars_kit.footprint import LiveBytes, footprint
+from ars_kit.host import Host
+from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
+from ars_kit.models import build, count_parameters, parameter_groups
+from ars_kit.optim import make_base
+from ars_kit.settings import Settings
+from ars_kit.shapes import embedded_config
+
+LARGE = {
+    "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768, "tie_word_embeddings": False,
+}  # fmt: skip
+"""Qwen2.5-7B."""
+SMALL = ((2, 64, 128), (4, 128, 128), (4, 128, 512))
+"""Layers, width, tokens of a sequence."""
+
+
+def foresee(
+    config: PretrainedConfig, recipe: Recipe, shape: tuple[int, int], device: str, host: Host
+) -> dict[str, int]:
+    """Return what two steps take by :mod:`ars_kit.footprint`."""
+    return footprint(
+        config,
+        recipe=recipe,
+        bf16=device != "cpu",
+        sequences=shape[0],
+        length=shape[1],
+        make=lambda groups: make_base(host, recipe.optimizer(Settings().optimizer), groups),
+        device=device,
+    ).facts()
+
+
+def measure(
+    config: PretrainedConfig, recipe: Recipe, shape: tuple[int, int], device: str, host: Host
+) -> int:
+    """Return the peak of two real steps: torch's allocator on a GPU, live bytes on the CPU."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(place)
+        _steps(config, recipe, shape, place, host)
+        return int(torch.cuda.max_memory_allocated(place))
+    with LiveBytes() as live:
+        _steps(config, recipe, shape, place, host)
+    return live.peak
+
+
+def _steps(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    shape: tuple[int, int],
+    device: torch.device,
+    host: Host,
+) -> None:
+    with device:  # random weights of 7B parameters would not fit many a host twice
+        model = build(config, seed=0)
+    prepare(model, recipe)
+    model.train()
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
+    optimizer = make_base(host, recipe.optimizer(Settings().optimizer), groups)
+    loss_of = ChunkedLoss(model) if recipe.chunked else whole_loss
+    bf16 = device.type == "cuda" and not recipe.bf16_weights
+    for _ in range(2):
+        window = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits, loss = loss_of(model, window)
+        del logits
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def row(
+    name: str, config: PretrainedConfig, shape: tuple[int, int], **facts: Any
+) -> dict[str, Any]:
+    """Return one line of the result."""
+    return {
+        "model": name,
+        "parameters": count_parameters(config),
+        "sequences": shape[0],
+        "length": shape[1],
+        **facts,
+    }
+
+
+def main() -> None:
+    """Print every row, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--large", action="store_true", help="also measure the 7B model")
+    options = parser.parse_args()
+    host, rows, begin = Host.installed(), [], time.perf_counter()
+    for layers, width, length in SMALL:
+        sizes = {"hidden_size": width, "num_attention_heads": width // 16,
+                 "num_key_value_heads": width // 16, "head_dim": 16}  # fmt: skip
+        config = embedded_config(layers, vocab_size=2000, context=length, sizes=sizes)
+        for name, recipe in RECIPES.items():
+            facts = foresee(config, recipe, (2, length), options.device, host)
+            peak = measure(config, recipe, (2, length), options.device, host)
+            label = f"{layers} layers, width {width}"
+            rows.append(row(label, config, (2, length), recipe=name, measured=peak, **facts))
+            print(rows[-1])
+    large = Qwen2Config(**LARGE)
+    for name, recipe in RECIPES.items():
+        facts = foresee(large, recipe, (1, 2048), "cuda", host)
+        peak = measure(large, recipe, (1, 2048), options.device, host) if options.large else None
+        rows.append(row("Qwen2.5-7B", large, (1, 2048), recipe=name, measured=peak, **facts))
+        print(rows[-1])
+    result = {
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": __version__,
+            "device": device_name(torch.device(options.device)),
+        },
+        "seconds": round(time.perf_counter() - begin, 1),
+        "rows": rows,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
