@@ -28,7 +28,7 @@ from ars_kit.models import (
     set_weights,
     weights_of,
 )
-from ars_kit.optim import build_optimizer
+from ars_kit.optim import build_optimizer, under_recipe
 from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.ranks import mean_over_ranks, shard
 from ars_kit.recovery import Recovery
@@ -132,7 +132,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     )
     optimizer = build_optimizer(
         family.host,
-        recipe.optimizer(settings.optimizer),
+        under_recipe(family.host, settings.optimizer, recipe),
         hinted(groups, seed.hints),
         lr=train.lr,
         position=member.position,

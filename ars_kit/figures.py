@@ -18,6 +18,7 @@ from ars_kit.errors import PluginError
 from ars_kit.history import read_history
 from ars_kit.losses import convergence_step, final_loss
 from ars_kit.models import count_parameters
+from ars_kit.optim import under_recipe
 from ars_kit.outcome import read_metrics
 from ars_kit.settings import to_toml
 
@@ -174,13 +175,16 @@ def _run(cradle: Cradle, parent: str | None) -> dict[str, Any]:
     """Return what a member's figures are traced back by."""
     settings, facts = cradle.plan.settings, cradle.corpus.facts
     manifest = None if parent is None else sha256(cradle.folder.path / parent / MANIFEST)
+    optimizer = under_recipe(cradle.host, settings.optimizer, cradle.plan.recipe)
     return {
         "parent_manifest": manifest,
         "config_hash": hashlib.sha256(config_text(settings).encode()).hexdigest(),
         "source_hash": source_hash(),
         "strategy": str(settings.family.strategy),
         "optimizer": str(settings.optimizer.name),
-        "base_optimizer": str(cradle.plan.recipe.optimizer(settings.optimizer).base),
+        "base_optimizer": str(
+            under_recipe(cradle.host, settings.optimizer, cradle.plan.recipe).base
+        ),
         "seed": settings.family.seed,
         "data_hash": facts.data_hash,
         "tokenizer_hash": facts.tokenizer_hash,

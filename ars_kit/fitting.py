@@ -14,7 +14,7 @@ from ars_kit.durable import byte_count
 from ars_kit.errors import ArsKitError, ConfigError
 from ars_kit.footprint import Footprint, footprint
 from ars_kit.memory import RECIPES, Recipe, RecipeName
-from ars_kit.optim import check_optimizer, make_base
+from ars_kit.optim import check_optimizer, make_base, under_recipe
 from ars_kit.records import PLAN_RECORD
 from ars_kit.store import RunFolder
 
@@ -76,7 +76,7 @@ def foreseen(
     """Return what a member takes at its peak under a recipe; nothing is allocated."""
     train = plan.settings.train
     parts = accumulation or train.accumulation
-    optimizer = recipe.optimizer(plan.settings.optimizer)
+    optimizer = under_recipe(host, plan.settings.optimizer, recipe)
     return footprint(
         member.config,
         recipe=recipe,
@@ -135,7 +135,7 @@ def _check(plan: RunPlan, host: Host, name: RecipeName) -> None:
     recipe, train = RECIPES[name], plan.settings.train
     if recipe.bf16_weights and train.precision == "fp32":
         raise ConfigError("--memory tiny keeps weights in bf16; leave --precision fp32 out")
-    check_optimizer(host, recipe.optimizer(plan.settings.optimizer))
+    check_optimizer(host, under_recipe(host, plan.settings.optimizer, recipe))
 
 
 def _begun(out: Path) -> RecipeName | None:

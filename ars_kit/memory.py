@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,13 +24,11 @@ from ars_kit.schema import Choice
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ars_kit.settings import OptimizerSettings
-
 RecipeName = Literal["full", "lean", "tiny"]
 
 CHUNK = 2**25
 """Logits that stand at once where they are chunked; 128 MiB of them in fp32."""
-LOW_BIT = Choice("adamw-8bit")
+LOW_BIT = "adamw-8bit"
 """What takes the place of ``adamw`` where moments take 8 bits."""
 AGREES = 1e-2
 """Relative difference up to which a chunked loss is the model's own, in any precision."""
@@ -53,25 +51,22 @@ class Recipe:
     low_bit: bool = False
     bf16_weights: bool = False
 
-    def optimizer(self, settings: OptimizerSettings) -> OptimizerSettings:
-        """Return the optimizer with the moments of this recipe; other bases than AdamW keep theirs.
+    def base(self, base: Choice) -> Choice:
+        """Return the base optimizer with this recipe's moments; others than AdamW keep theirs.
 
         Raises:
-            ConfigError: the base cannot round bf16 weights stochastically.
+            ConfigError: it cannot round bf16 weights stochastically.
         """
-        bare = settings.name.name == "adamw"
-        base = settings.name if bare else settings.base
         if not self.low_bit or base.name.startswith("adamw-"):
-            return settings
+            return base
         if base.name == "adamw":
-            chosen = Choice(LOW_BIT.name, base.settings)
-            return replace(settings, name=chosen) if bare else replace(settings, base=chosen)
+            return Choice(LOW_BIT, base.settings)
         if self.bf16_weights:
             raise ConfigError(
                 f"--memory tiny rounds bf16 weights stochastically, which base optimizer "
                 f"{base.name!r} cannot; use adamw, adamw-8bit or adamw-4bit, or --memory lean"
             )
-        return settings
+        return base
 
 
 RECIPES: Mapping[RecipeName, Recipe] = {

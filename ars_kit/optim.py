@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ars_kit.errors import ConfigError, PluginError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ars_kit.damping import DampedOptimizer
+    from ars_kit.memory import Recipe
     from ars_kit.spec import DampingGate
 
 GUARD = Choice("guard")
@@ -106,6 +108,18 @@ def make_base(host: Host, settings: OptimizerSettings, groups: list[dict[str, An
     """Return the bare base optimizer, for trials."""
     _, base = _wrapper_and_base(host, settings)
     return host.make("optimizers", base, groups, lr=1e-3)
+
+
+def under_recipe(host: Host, settings: OptimizerSettings, recipe: Recipe) -> OptimizerSettings:
+    """Return the optimizer with the base that a memory recipe puts in the place of its own.
+
+    Raises:
+        ConfigError: the base and the recipe contradict each other.
+    """
+    wrapper, base = _wrapper_and_base(host, settings)
+    if wrapper is None:
+        return replace(settings, name=recipe.base(base))
+    return replace(settings, base=recipe.base(base))
 
 
 def _owners(host: Host, settings: OptimizerSettings, gates: Iterable[str]) -> dict[str | None, str]:

@@ -24,7 +24,7 @@ from ars_kit.footprint import LiveBytes, footprint
 from ars_kit.host import Host
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
 from ars_kit.models import build, count_parameters, parameter_groups
-from ars_kit.optim import make_base
+from ars_kit.optim import make_base, under_recipe
 from ars_kit.settings import Settings
 from ars_kit.shapes import embedded_config
 
@@ -48,7 +48,9 @@ def foresee(
         bf16=device != "cpu",
         sequences=shape[0],
         length=shape[1],
-        make=lambda groups: make_base(host, recipe.optimizer(Settings().optimizer), groups),
+        make=lambda groups: make_base(
+            host, under_recipe(host, Settings().optimizer, recipe), groups
+        ),
         device=device,
     ).facts()
 
@@ -80,7 +82,7 @@ def _steps(
     prepare(model, recipe)
     model.train()
     groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
-    optimizer = make_base(host, recipe.optimizer(Settings().optimizer), groups)
+    optimizer = make_base(host, under_recipe(host, Settings().optimizer, recipe), groups)
     loss_of = ChunkedLoss(model) if recipe.chunked else whole_loss
     bf16 = device.type == "cuda" and not recipe.bf16_weights
     for _ in range(2):

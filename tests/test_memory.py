@@ -264,6 +264,7 @@ def test_a_batch_too_large_is_refused_with_what_would_fit(host: Host, looked: Ru
     [
         ({"train.precision": "fp32"}, "keeps weights in bf16; leave --precision fp32 out"),
         ({"optimizer.base": "sgd"}, "which base optimizer 'sgd' cannot"),
+        ({"optimizer.name": "sgd"}, "which base optimizer 'sgd' cannot"),
     ],
 )
 def test_what_contradicts_tiny_is_refused_before_training(
@@ -272,3 +273,13 @@ def test_what_contradicts_tiny_is_refused_before_training(
     plan = planned(host, text_folder, **{"train.memory": "tiny", **flags})
     with pytest.raises(ConfigError, match=message):
         fitted_plan(plan, host, tmp_path)
+
+
+def test_where_weights_are_sharded_nothing_is_foreseen_and_other_recipes_are_refused(
+    host: Host, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plan = fitted_plan(planned(host, text_folder), host, tmp_path, look=True)
+    assert (plan.recipe.name, dict(plan.footprints)) == ("full", {})
+    with pytest.raises(ConfigError, match="FSDP2 shards them"):
+        fitted_plan(planned(host, text_folder, **{"train.memory": "lean"}), host, tmp_path)
