@@ -182,9 +182,7 @@ def _run(cradle: Cradle, parent: str | None) -> dict[str, Any]:
         "source_hash": source_hash(),
         "strategy": str(settings.family.strategy),
         "optimizer": str(settings.optimizer.name),
-        "base_optimizer": str(
-            under_recipe(cradle.host, settings.optimizer, cradle.plan.recipe).base
-        ),
+        "base_optimizer": str(optimizer.base),
         "seed": settings.family.seed,
         "data_hash": facts.data_hash,
         "tokenizer_hash": facts.tokenizer_hash,
