@@ -273,12 +273,19 @@ def worse(found: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _plainly(value: float, _: int) -> str:
+    """Spell a tick of a logarithmic axis; only those that begin with 1, 2 or 5 have room."""
+    text = f"{value:.0e}"
+    return f"{value:,g}" if text[0] in "125" else ""
+
+
 def draw(kinds: Iterable[dict[str, Any]], path: Path) -> None:
     """Plot every time against size, each kind from its smallest size, with a line in proportion."""
     import matplotlib as mpl  # noqa: PLC0415 -- slow to import, and not needed to measure
 
     mpl.use("svg")
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: PLC0415
 
     shown = list(kinds)
     figure = Figure(figsize=(9, 2.6 * math.ceil(len(shown) / 3)), layout="constrained")
@@ -291,10 +298,15 @@ def draw(kinds: Iterable[dict[str, Any]], path: Path) -> None:
         first = kind["points"][0]["seconds"]
         even = [first * size / sizes[0] for size in sizes]
         axes.loglog(sizes, even, ":", color="grey", label="in proportion")
+        # Whole decades may be far apart, or none lie within: the sizes themselves are the ticks.
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(FuncFormatter(_plainly))
         axes.set_title(kind["kind"], fontsize=9)
         axes.set_xlabel(kind["unit"], fontsize=8)
         axes.set_ylabel("seconds", fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, which="both")
         axes.legend(fontsize=6)
     figure.savefig(path, metadata={"Date": None})
 

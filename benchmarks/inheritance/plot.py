@@ -127,7 +127,7 @@ def _gaps(axes: Axes, results: Results, shown: Mapping[str, float]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_ylabel("nats worse than from scratch")
     if arms:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.grid(alpha=0.25, axis="y")
 
 
