@@ -53,7 +53,7 @@ PROMISES: Mapping[Kind, tuple[str, ...]] = {
     "strategies": ("inherits", "supports", "inherit"),
     "evaluators": ("__call__",),
     "data_sources": ("fingerprint", "documents"),
-    "servers": ("context", "slots", "prefill", "decode", "release", "close"),
+    "servers": ("context", "slots", "close"),  # the rest is the serving room's to ask for
     "exporters": ("tolerance", "export", "open"),
     "trackers": ("start", "log", "finish"),
 }

@@ -34,6 +34,7 @@ from ars_kit_serving.protocol import (
     CompletionRequest,
     refusal,
 )
+from ars_kit_serving.relaying import Relay
 from ars_kit_serving.tokenizing import PromptError
 
 
@@ -88,6 +89,14 @@ class Desk:
         except PromptError as error:
             code = "context_length_exceeded" if error.long else "invalid_prompt"
             raise ApiError(400, f"{field}: {error}", param=field, code=code) from error
+        if constraint is not None and isinstance(model.scheduler, Relay):
+            raise ApiError(
+                400,
+                "response_format: the engine that serves this model draws its tokens itself, and "
+                "is not told what they must keep to; leave it out, or ask another model.",
+                param="response_format",
+                code="unsupported",
+            )
         known = [*(max(p) for p in prompts), *(request.logit_bias or {})]
         if max(known) >= model.vocabulary:
             raise ApiError(
@@ -292,8 +301,11 @@ def _add_routes(app: FastAPI) -> None:
     async def root() -> Response:
         return page
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    @app.get("/health", responses={503: {"description": "An engine has ended."}})
+    async def health(desk: AtDesk) -> dict[str, str]:
+        ended = [name for name, model in desk.models.items() if model.scheduler.complaint()]
+        if ended:
+            raise ApiError(503, f"The engine of {', '.join(ended)} has ended.", code="engine_dead")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses=errors)

@@ -13,6 +13,7 @@ from ars_kit_serving.constraints import Constraint
 from ars_kit_serving.failures import ApiError, too_slow
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.measures import Measures
+from ars_kit_serving.relaying import Relay
 from ars_kit_serving.sampling import Sampler, Sampling
 from ars_kit_serving.scheduling import Job, QueueFullError, Scheduler, Step
 from ars_kit_serving.text import TextStream
@@ -36,7 +37,7 @@ class Model:
 
     name: str
     tokenizer: ServedTokenizer
-    scheduler: Scheduler
+    scheduler: Scheduler | Relay
     vocabulary: int
     created: int
 
@@ -156,6 +157,8 @@ class Generation:
     def _take(self, job: Job, step: Step, answer: Answer) -> str:
         if step.drawn is None:
             LOGGER.error("the engine failed", exc_info=step.error)
+            if isinstance(step.error, ApiError):
+                raise step.error
             raise ApiError(500, "The engine failed on this request.", code="engine_error")
         piece = answer.take(step.drawn, step.finish)
         if answer.finish:

@@ -80,7 +80,7 @@ class Sampler:
     def __init__(
         self, how: Sampling, choice: int = 0, constraint: Constraint | None = None
     ) -> None:
-        self.how = how
+        self.how, self.choice = how, choice
         self.constraint = constraint
         entropy = None if how.seed is None else (how.seed % 2**64, choice)
         self._random = np.random.default_rng(entropy)

@@ -110,6 +110,10 @@ class Scheduler:
         """Return the sequences in the engine."""
         return len(self.active)
 
+    def complaint(self) -> str | None:
+        """Return nothing: an engine of this process lives as long as it does."""
+        return None
+
     def close(self) -> None:
         """Stop after the token in progress, and close the engine."""
         with self._changed:

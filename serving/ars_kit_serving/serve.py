@@ -15,7 +15,7 @@ from types import FrameType
 
 import uvicorn
 
-from ars_kit.errors import ConfigError
+from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host
 from ars_kit.schema import Choice
 from ars_kit.spec import Engine, Service
@@ -25,6 +25,7 @@ from ars_kit_serving.connections import PatientProtocol
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import LOCAL_HOSTS, Rules
 from ars_kit_serving.logs import log_to_stderr
+from ars_kit_serving.relaying import Relay, Relayed
 from ars_kit_serving.scheduling import Scheduler
 from ars_kit_serving.tokenizing import ServedTokenizer
 
@@ -152,13 +153,29 @@ def load(checkpoint: Checkpoint, serving: Serving) -> Model:
     return Model(
         name=checkpoint.name,
         tokenizer=tokenizer,
-        scheduler=Scheduler(engine, queue=serving.queue),
+        scheduler=working(engine, serving),
         vocabulary=min(tokenizer.size, vocabulary),
         created=int(time.time()),
     )
 
 
-def choose(service: Service, serving: Serving) -> Engine:
+def working(engine: Engine | Relayed, serving: Serving) -> Scheduler | Relay:
+    """Return what works an engine: one that computes logits, or one that draws by itself.
+
+    Raises:
+        PluginError: it is neither.
+    """
+    if isinstance(engine, Relayed):
+        return Relay(engine, queue=serving.queue)
+    lacks = [name for name in ("prefill", "decode", "release") if not hasattr(engine, name)]
+    if lacks:
+        raise PluginError(
+            f"engine {serving.engine} is a {type(engine).__name__}, which has no {', '.join(lacks)}"
+        )
+    return Scheduler(engine, queue=serving.queue)
+
+
+def choose(service: Service, serving: Serving) -> Engine | Relayed:
     """Make the engine that was asked for, or with ``auto`` the first that serves this checkpoint.
 
     Raises:
@@ -166,7 +183,7 @@ def choose(service: Service, serving: Serving) -> Engine:
         PluginError: it failed.
     """
     if serving.engine.name != "auto":
-        made: Engine = serving.host.make("servers", serving.engine, service)
+        made: Engine | Relayed = serving.host.make("servers", serving.engine, service)
         serving.say(f"{service.name}: engine {serving.engine}, as asked for")
         return made
     reasons = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from ars_kit.spec import Engine, Offer, Service, hookimpl
 
@@ -51,6 +51,29 @@ def onnx(service: Service, *, precision: Literal["fp32", "fp16"] = "fp32") -> En
     return derived_engine(service, OnnxExporter(precision=precision), f"onnx-{precision}")
 
 
+def vllm(
+    service: Service,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    compiled: bool = True,
+    seconds: float = 600.0,
+) -> Any:
+    """Run vLLM, installed in an environment of its own, as a process behind the server.
+
+    Args:
+        service: what to serve.
+        device: cpu or cuda; auto takes a GPU where the driver shows one.
+        dtype: of weights and arithmetic; auto is fp32 on a CPU and bf16 elsewhere.
+        compiled: whether vLLM compiles the model before it answers; it starts slower and runs
+            faster.
+        seconds: that it may take to be ready.
+    """
+    from ars_kit_serving.engines.vllm import VllmEngine  # noqa: PLC0415 -- torch is slow
+
+    return VllmEngine(service, device=device, dtype=dtype, compiled=compiled, seconds=seconds)
+
+
 @hookimpl
 def arskit_servers() -> list[Offer[Engine]]:
     """Offer the engines."""
@@ -58,4 +81,5 @@ def arskit_servers() -> list[Offer[Engine]]:
         Offer("genai", "an onnxruntime-genai export in ONNX Runtime, fastest on a CPU", genai),
         Offer("onnx", "one ONNX graph in ONNX Runtime, for what genai cannot export", onnx),
         Offer("transformers", "any architecture, as transformers runs it", transformers),
+        Offer("vllm", "vLLM in a process and an environment of its own", vllm),
     ]

@@ -1,0 +1,100 @@
+"""Another server as a process of ours: its log is kept, and it never outlives us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ars_kit.errors import PluginError
+from ars_kit_serving.engines import warden
+
+PAUSE = 0.1
+"""Seconds between two looks at whether it is ready."""
+
+GRACE = 10.0
+"""Seconds from SIGTERM to SIGKILL."""
+
+
+class Child:
+    """A server on loopback, kept by a warden (:mod:`ars_kit_serving.engines.warden`).
+
+    Args:
+        name: what users call it.
+        command: starts it.
+        environment: all of it.
+        log: the file that its output goes to.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        keep = [sys.executable, "-I", str(warden.__file__), str(GRACE)]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(  # noqa: S603 -- our own interpreter and arguments
+                [*keep, *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=log.parent,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, url: str, seconds: float) -> None:
+        """Ask ``url`` until it answers 200.
+
+        Raises:
+            PluginError: the process ended, or it took too long; it is stopped then.
+        """
+        end = time.monotonic() + seconds
+        while not _answers(url):
+            if complaint := self.complaint():
+                self.stop()
+                raise PluginError(complaint)
+            if time.monotonic() > end:
+                self.stop()
+                raise PluginError(
+                    f"{self.name} did not answer within {seconds:g} seconds; its log is {self.log}"
+                )
+            time.sleep(PAUSE)
+
+    def complaint(self) -> str | None:
+        """Return one line on its end, or None while it runs."""
+        if self.process.poll() is None:
+            return None
+        return f"{self.name} has ended: {self._reason()}. Its log is {self.log}"
+
+    def stop(self) -> None:
+        """Tell it to stop, wait, and leave nothing of it."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE + 5)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _reason(self) -> str:
+        """Return the last error of its log, or else its last line."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no word"]
+        errors = [line for line in lines if "Error" in line]
+        return (errors or lines)[-1][-300:]
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 -- http to loopback
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False

@@ -1,0 +1,231 @@
+"""vLLM as the engine: a process in an environment of its own, spoken to in token ids.
+
+Prompts go there and tokens come back as ids; text, stop strings, limits and the form of answers are
+the server's, as for every engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ars_kit.errors import ConfigError
+from ars_kit.models import load_base_config
+from ars_kit.spec import Service
+from ars_kit_serving.engines.child import Child
+from ars_kit_serving.engines.context import context_of
+from ars_kit_serving.failures import ApiError
+from ars_kit_serving.logs import LOGGER
+from ars_kit_serving.sampling import Drawn
+from ars_kit_serving.scheduling import Job, Step
+
+SERVER = "vllm.entrypoints.openai.api_server"
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1", "PYTHONSAFEPATH": "1",
+}  # fmt: skip
+ON_A_CPU = {
+    "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "auto",
+}  # fmt: skip
+KINDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ID = "token_id:"
+"""What vLLM writes before an id in log-probabilities."""
+
+
+def find_python(environment: Mapping[str, str]) -> Path:
+    """Return the interpreter that has vLLM.
+
+    Args:
+        environment: ``ARSKIT_VLLM_PYTHON`` names it, or ``vllm`` on ``PATH`` stands beside it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    named = environment.get("ARSKIT_VLLM_PYTHON")
+    if named:
+        if not os.access(named, os.X_OK) or Path(named).is_dir():
+            raise ConfigError(f"ARSKIT_VLLM_PYTHON={named} is no program; name a Python with vLLM")
+        return Path(named).absolute()
+    command = shutil.which("vllm", path=environment.get("PATH"))
+    beside = Path(command).resolve().parent / "python" if command else None
+    if beside is None or not beside.is_file():
+        raise ConfigError(
+            "vLLM is not found: install it in an environment of its own, and name that one's "
+            "Python with ARSKIT_VLLM_PYTHON"
+        )
+    return beside
+
+
+class VllmEngine:
+    """A vLLM server of one checkpoint on a free port of loopback, behind a key nobody else has.
+
+    Args:
+        service: what to serve.
+        device: cpu or cuda; auto takes a GPU where the driver shows one.
+        dtype: of weights and arithmetic; auto is fp32 on a CPU and bf16 elsewhere, as transformers
+            has it here. vLLM's own auto would round fp32 weights to half of their bits.
+        compiled: whether vLLM compiles the model before it answers.
+        seconds: that it may take to be ready.
+
+    Raises:
+        ConfigError: vLLM is not found, or the context is larger than the model's.
+        PluginError: it did not start.
+    """
+
+    def __init__(
+        self, service: Service, *, device: str, dtype: str, compiled: bool, seconds: float
+    ) -> None:
+        if not hasattr(os, "killpg"):
+            raise ConfigError("vLLM needs Linux or macOS; choose another --engine")
+        config = load_base_config(str(service.path.absolute()))
+        self.context, self.slots = context_of(config, service), service.slots
+        self._key, port = secrets.token_hex(16), _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        python = find_python(environment)
+        if device == "auto":
+            device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+        if dtype == "auto":
+            dtype = "fp32" if device == "cpu" else "bf16"
+        if device == "cpu":
+            environment = {**ON_A_CPU, **environment}
+        command = [
+            str(python), "-m", SERVER, "--model", str(service.path.absolute()),
+            "--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port),
+            "--max-model-len", str(self.context), "--max-num-seqs", str(self.slots),
+            "--dtype", KINDS[dtype], "--generation-config", "vllm", "--no-enable-log-requests",
+            *([] if compiled else ["--enforce-eager"]),
+        ]  # fmt: skip
+        log = (service.cache / f"vllm-{service.name}-{os.getpid()}.log").absolute()
+        service.say(f"{service.name}: starting vLLM of {python}; its log is {log}")
+        self.child = Child(
+            "vLLM", command, {**environment, **OFFLINE, "VLLM_API_KEY": self._key}, log
+        )
+        self.child.wait_until_ready(f"{self.url}/health", seconds)
+        self._session: aiohttp.ClientSession | None = None
+
+    def complaint(self) -> str | None:
+        """Return why nothing can be answered any more, or None."""
+        return self.child.complaint()
+
+    async def steps(self, job: Job) -> AsyncGenerator[Sequence[Step], None]:
+        """Yield a sequence's tokens as they come; closing it makes vLLM drop the sequence.
+
+        Raises:
+            ApiError: vLLM has ended.
+            RuntimeError: it refused, or failed on this sequence.
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                self.url,
+                headers={"authorization": f"Bearer {self._key}"},
+                timeout=aiohttp.ClientTimeout(total=None),
+                connector=aiohttp.TCPConnector(limit=0),
+            )
+        try:
+            async with self._session.post("/v1/completions", json=body_of(job)) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"vLLM: {(await answer.text())[:1000]}")
+                async for line in answer.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    made = steps_of(json.loads(line[6:]), job)
+                    if made:
+                        yield made
+                        if made[-1].finish:
+                            return
+        except aiohttp.ClientError as error:
+            raise self._dead() from error
+        raise self._dead()
+
+    def _dead(self) -> ApiError:
+        end = self.child.complaint() or f"vLLM broke off. Its log is {self.child.log}"
+        LOGGER.error("an engine has ended", extra={"facts": {"reason": end}})
+        return ApiError(
+            503, "The engine has ended; the server must be started anew.", code="engine_dead"
+        )
+
+    async def disconnect(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        self.child.stop()
+
+
+def body_of(job: Job) -> dict[str, Any]:
+    """Return what vLLM is asked: one sequence, in token ids both ways."""
+    how = job.sampler.how
+    body: dict[str, Any] = {
+        "model": "served",
+        "prompt": list(job.prompt),
+        "max_tokens": job.limit,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "presence_penalty": how.presence_penalty,
+        "frequency_penalty": how.frequency_penalty,
+        "stop_token_ids": sorted(job.ends),
+        "stream": True,
+        "return_token_ids": True,
+    }
+    if how.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in how.logit_bias.items()}
+    if how.seed is not None:
+        body["seed"] = (how.seed + job.sampler.choice) % 2**63
+    if how.logprobs is not None:
+        body |= {"logprobs": how.logprobs, "return_tokens_as_token_ids": True}
+    return body
+
+
+def steps_of(chunk: Mapping[str, Any], job: Job) -> list[Step]:
+    """Return the tokens of one chunk.
+
+    Raises:
+        RuntimeError: the chunk is an error.
+    """
+    if "error" in chunk:
+        raise RuntimeError(f"vLLM: {chunk['error']}")
+    if not chunk["choices"]:
+        return []
+    choice = chunk["choices"][0]
+    drawn = _drawn(choice, job)
+    reason = choice["finish_reason"]
+    if reason is None:
+        return [Step(d) for d in drawn]
+    if reason not in {"stop", "length"}:
+        raise RuntimeError(f"vLLM gave up: {reason}")
+    if not drawn:  # the token that ended the text was kept back
+        return [Step(Drawn(min(job.ends)), "stop")]
+    ended = drawn[-1].token in job.ends
+    return [*(Step(d) for d in drawn[:-1]), Step(drawn[-1], "stop" if ended else "length")]
+
+
+def _drawn(choice: Mapping[str, Any], job: Job) -> list[Drawn]:
+    tokens, told = choice.get("token_ids") or [], choice.get("logprobs")
+    most = job.sampler.how.logprobs or 0
+    if not told:
+        return [Drawn(token) for token in tokens]
+    rows = zip(tokens, told["token_logprobs"], told["top_logprobs"], strict=True)
+    return [Drawn(token, logprob, _top(row or {}, most)) for token, logprob, row in rows]
+
+
+def _top(row: Mapping[str, float], most: int) -> tuple[tuple[int, float], ...]:
+    """Return the most likely ids, best first; vLLM adds the one that was drawn."""
+    pairs = [(int(token.removeprefix(ID)), logprob) for token, logprob in row.items()]
+    return tuple(sorted(pairs, key=lambda pair: -pair[1])[:most])
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -1,0 +1,133 @@
+"""Sequences handed on to an engine that batches and draws by itself, as another server does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Protocol, runtime_checkable
+
+from ars_kit_serving.scheduling import Job, QueueFullError, Step
+
+
+@runtime_checkable
+class Relayed(Protocol):
+    """An engine that draws tokens itself.
+
+    Attributes:
+        context: tokens that a sequence may have.
+        slots: sequences it works on at once.
+    """
+
+    context: int
+    slots: int
+
+    def steps(self, job: Job) -> AsyncGenerator[Sequence[Step], None]:
+        """Yield what comes of a job, the last step with its finish; closing it frees the work."""
+        ...
+
+    def complaint(self) -> str | None:
+        """Return why nothing can be answered any more, or None."""
+        ...
+
+    async def disconnect(self) -> None:
+        """Close connections, in the loop they were made in."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+class Relay:
+    """Stands where a :class:`~ars_kit_serving.scheduling.Scheduler` does, with a loop of its own.
+
+    Args:
+        engine: is closed with it.
+        queue: sequences that may wait.
+    """
+
+    def __init__(self, engine: Relayed, *, queue: int) -> None:
+        self.engine, self.queue = engine, queue
+        self._tasks: dict[Job, asyncio.Task[None] | None] = {}
+        self._active = 0
+        self._lock = threading.Lock()
+        self._slots = asyncio.Semaphore(engine.slots)
+        self._closing = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="arskit-relay", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take jobs on, all or none.
+
+        Raises:
+            QueueFullError: they would have to wait behind too many.
+        """
+        with self._lock:
+            if len(self._tasks) + len(jobs) > self.queue + self.engine.slots or self._closing:
+                raise QueueFullError
+            self._tasks |= dict.fromkeys(jobs)
+        self._loop.call_soon_threadsafe(self._begin, jobs)
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Drop jobs; what is done already is unaffected."""
+        if not self._closing:
+            self._loop.call_soon_threadsafe(self._drop, jobs)
+
+    def count_waiting(self) -> int:
+        """Return the sequences in the queue."""
+        return len(self._tasks) - self._active
+
+    def count_active(self) -> int:
+        """Return the sequences in the engine."""
+        return self._active
+
+    def complaint(self) -> str | None:
+        """Return why nothing can be answered any more, or None."""
+        return self.engine.complaint()
+
+    def close(self) -> None:
+        """Drop what is at work, and close the engine."""
+        with self._lock:
+            self._closing = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self.engine.close()
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._tasks[job] = self._loop.create_task(self._work(job))
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if task := self._tasks.get(job):
+                task.cancel()
+
+    async def _end(self) -> None:
+        tasks = [task for task in self._tasks.values() if task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.engine.disconnect()
+
+    async def _work(self, job: Job) -> None:
+        try:
+            async with self._slots:
+                self._active += 1
+                try:
+                    async with aclosing(self.engine.steps(job)) as rounds:
+                        async for steps in rounds:
+                            job.deliver([(job, step) for step in steps])
+                except Exception as error:  # noqa: BLE001 -- an engine's own; the others go on
+                    job.deliver([(job, Step(None, error=error))])
+                finally:
+                    self._active -= 1
+        finally:
+            with self._lock:
+                self._tasks.pop(job, None)
