@@ -148,6 +148,12 @@ def test_one_that_dies_at_its_start_is_one_line_with_its_reason(stage: Stage) ->
     assert Path(str(found.value).rsplit("Its log is ", 1)[1]).is_file()
 
 
+def test_one_that_cannot_run_the_model_is_one_line_with_the_first_error(stage: Stage) -> None:
+    with pytest.raises(PluginError, match=r"cannot run this model: RuntimeError: no kernel for"):
+        stage.engine("cannot")
+    assert not psutil.pid_exists(stage.pid())
+
+
 def test_one_that_hangs_is_given_up_and_ended(stage: Stage) -> None:
     with pytest.raises(PluginError, match="did not answer within 2 seconds; its log is"):
         stage.engine("hangs", seconds=2)

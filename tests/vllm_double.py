@@ -23,9 +23,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         assert self.headers["authorization"] == f"Bearer {os.environ['VLLM_API_KEY']}"
-        with NOTES.open("a") as notes:
-            notes.write(json.dumps(body) + "\n")
-        self.send_response(200)
+        if body.get("stream"):  # else it is what the engine tries when it starts
+            with NOTES.open("a") as notes:
+                notes.write(json.dumps(body) + "\n")
+        if MOOD == "cannot" and not body.get("stream"):
+            sys.stderr.write("(Worker) RuntimeError: no kernel for head_dim=8\nDeadError: see it\n")
+            sys.stderr.flush()
+        self.send_response(500 if MOOD == "cannot" else 200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
         try:

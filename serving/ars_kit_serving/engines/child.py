@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from ars_kit_serving.engines import warden
 
 PAUSE = 0.1
 """Seconds between two looks at whether it is ready."""
+
+ERROR = re.compile(r"(?:(?<=\s)|^)\w*(Error|Exception): .+")
+"""How Python ends a traceback."""
 
 GRACE = 10.0
 """Seconds from SIGTERM to SIGKILL."""
@@ -72,7 +76,7 @@ class Child:
         """Return one line on its end, or None while it runs."""
         if self.process.poll() is None:
             return None
-        return f"{self.name} has ended: {self._reason()}. Its log is {self.log}"
+        return f"{self.name} has ended: {self.reason()}. Its log is {self.log}"
 
     def stop(self) -> None:
         """Tell it to stop, wait, and leave nothing of it."""
@@ -84,12 +88,12 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _reason(self) -> str:
-        """Return the last error of its log, or else its last line."""
+    def reason(self) -> str:
+        """Return the first error of its log, which the later ones come from, or its last line."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no word"]
-        errors = [line for line in lines if "Error" in line]
-        return (errors or lines)[-1][-300:]
+        errors = [found[0] for line in lines if (found := ERROR.search(line))]
+        return (errors or lines[-1:])[0][:300]
 
 
 def _answers(url: str) -> bool:

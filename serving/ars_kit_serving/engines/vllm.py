@@ -11,13 +11,14 @@ import os
 import secrets
 import shutil
 import socket
+import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from ars_kit.errors import ConfigError
+from ars_kit.errors import ConfigError, PluginError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Service
 from ars_kit_serving.engines.child import Child
@@ -78,7 +79,7 @@ class VllmEngine:
 
     Raises:
         ConfigError: vLLM is not found, or the context is larger than the model's.
-        PluginError: it did not start.
+        PluginError: it did not start, or cannot run the model.
     """
 
     def __init__(
@@ -111,7 +112,28 @@ class VllmEngine:
             "vLLM", command, {**environment, **OFFLINE, "VLLM_API_KEY": self._key}, log
         )
         self.child.wait_until_ready(f"{self.url}/health", seconds)
+        self._try(seconds)
         self._session: aiohttp.ClientSession | None = None
+
+    def _try(self, seconds: float) -> None:
+        """Have one token drawn: vLLM finds out no sooner whether it has kernels for a model.
+
+        Raises:
+            PluginError: it has not.
+        """
+        body = {"model": "served", "prompt": [0], "max_tokens": 1, "stop_token_ids": []}
+        request = urllib.request.Request(  # noqa: S310 -- http to loopback
+            f"{self.url}/v1/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json", "authorization": f"Bearer {self._key}"},
+        )
+        try:
+            urllib.request.urlopen(request, timeout=seconds).close()  # noqa: S310 -- likewise
+        except OSError as error:
+            self.child.stop()
+            raise PluginError(
+                f"vLLM cannot run this model: {self.child.reason()}. Its log is {self.child.log}"
+            ) from error
 
     def complaint(self) -> str | None:
         """Return why nothing can be answered any more, or None."""
