@@ -299,7 +299,7 @@ def draw(kinds: Iterable[dict[str, Any]], path: Path) -> None:
         even = [first * size / sizes[0] for size in sizes]
         axes.loglog(sizes, even, ":", color="grey", label="in proportion")
         # Whole decades may be far apart, or none lie within: the sizes themselves are the ticks.
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axes.xaxis.set_minor_formatter(NullFormatter())
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter(FuncFormatter(_plainly))
