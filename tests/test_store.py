@@ -575,7 +575,7 @@ def test_small_files_are_replaced(folder: RunFolder) -> None:
 
 
 def test_the_last_row_is_found_without_reading_the_others(tmp_path: Path) -> None:
-    from ars_kit.store import last_row
+    from ars_kit.history import last_row
 
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 0}\nnot looked at\n{"step": 2, "loss": 3.5}\n{"step": 3, "lo')
