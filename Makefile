@@ -26,6 +26,7 @@ kill-test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+	$(BIN)/python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 
 serving-bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
@@ -71,14 +72,18 @@ docs: $(VENV)/.installed
 package-check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_package.py
 
+# Modules are compiled as they are first imported; to compile them all here would double the time.
+INSTALL := $(BIN)/python -m pip install -q --no-compile --constraint constraints.txt --editable
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --constraint constraints.txt --editable .
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[dev]'
-	touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[dev]'
+	touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info
