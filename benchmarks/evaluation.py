@@ -7,8 +7,8 @@ bar is three times as fast. It is judged on whole documents, and on their paragr
 their own, where the loop's windows are short. Speed does not depend on what a model has learned, so
 its weights are random, in the shape of a member of the default family.
 
-With ``--bleu`` the pairs that a trained member left (``quality/bleu.jsonl``) are scored a second
-time with their prompts counted, to show what that is worth.
+With ``--bleu`` instead the pairs that a trained member left (``quality/bleu.jsonl``)
+are scored a second time with their prompts counted, to show what that is worth.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def bleu_of(member: Path) -> dict[str, Any]:
     """Return what a trained member's pairs score, and what the member is."""
     lines = (member / "quality" / "bleu.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = json.loads((member / "metrics.json").read_text(encoding="utf-8"))
-    return {
+    found = {
         "member": metrics["model_id"],
         "parameters": metrics["parameters"],
         "trained_on_tokens": metrics["lineage_tokens"],
@@ -186,23 +186,12 @@ def bleu_of(member: Path) -> dict[str, Any]:
         "signature": metrics["notes"]["bleu_signature"],
         **with_and_without_prompt([json.loads(line) for line in lines]),
     }
+    print(json.dumps(found))
+    return found
 
 
-def main() -> None:
-    """Measure, print, and write the figures where they are asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", default="stdlib", help="a source of text")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "arskit")
-    parser.add_argument("--depths", default="10,18", help="shapes of the default family's members")
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--stride", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=8000, help="read so many, or a little more")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--bleu", type=Path, help="a member that was judged with bleu")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
+def speed_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return each shape's ratio on documents and on paragraphs."""
     torch.set_num_threads(options.threads)
     texts = {
         "documents": opened(options.data, options.cache, paragraphs=False),
@@ -233,9 +222,25 @@ def main() -> None:
             shape = {"shape": f"d{depth}", "parameters": count_parameters(config), "of": text}
             report["speed"].append({**shape, **found})
             print(json.dumps(report["speed"][-1]), flush=True)
-    if options.bleu:
-        report["bleu"] = bleu_of(options.bleu)
-        print(json.dumps(report["bleu"]))
+    return report
+
+
+def main() -> None:
+    """Measure, print, and write the figures where they are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", default="stdlib", help="a source of text")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "arskit")
+    parser.add_argument("--depths", default="10,18", help="shapes of the default family's members")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--stride", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=8000, help="read so many, or a little more")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bleu", type=Path, help="a member that was judged with bleu")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    report = bleu_of(options.bleu) if options.bleu else speed_of(options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

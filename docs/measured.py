@@ -242,7 +242,7 @@ def evaluation_speed(_: str) -> str:
 
 def evaluation_prompt(_: str) -> str:
     """Return what BLEU says with and without the prompt."""
-    found = _read("evaluation")["bleu"]
+    found = _read("counted_prompt")
     rows = [
         [title, *(f"{found[f'{score}_{key}']:.1f}" for score in ("bleu", "chrf"))]
         for title, key in (
