@@ -122,9 +122,11 @@ ARMS = {
     "late-lineage": Arm(
         "likewise, more of it for the last", lineage(-0.3), "progressive", (1.0, 1.25)
     ),
+    "even-lineage": Arm("likewise, each its due", lineage(0.0), "progressive", (1.0, 1.05)),
     "jump": Arm("the smallest, then one growth", jump(0.3), "progressive", members=False),
     "trunk": Arm("a trunk that never cools, branches cooled", lineage(0.3), "trunk", ONCE),
     "duplicate": Arm("blocks doubled in place", lineage(0.3), "duplicate", ONCE),
+    "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (1.0, 1.05)),
     "distill": Arm("lineage, the parent teaches", lineage(0.3), "distill", ONCE),
 }
 """Every arm, the controls among them: ``scratch``, ``no-growth``, ``jump``, ``prune``. The one long

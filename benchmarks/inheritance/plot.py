@@ -24,8 +24,10 @@ COLOURS = {
     "trunk": "#F0E442",
     "duplicate": "#E69F00",
     "distill": "#999999",
+    "even-lineage": "#332288",
+    "even-duplicate": "#882255",
 }
-"""Okabe and Ito's, which colour-blind eyes tell apart."""
+"""Okabe and Ito's, and two of Tol's, which colour-blind eyes tell apart."""
 
 
 def picture(results: Results, shown: Mapping[str, float]) -> str:
