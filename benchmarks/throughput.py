@@ -186,9 +186,8 @@ class Turns(TrainerCallback):
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Wait for a turn."""
-        if not self.left:
-            self.go.acquire()
+        """Wait until the step is asked for."""
+        self.go.acquire()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Give the turn back after its last step."""
@@ -247,9 +246,8 @@ def trainer_loop(plan: RunPlan, batches: Batches, steps: int, home: Path) -> Loo
 
     def block(_: int, count: int) -> None:
         turns.left = count
-        if thread.is_alive():
-            turns.go.release()
-        else:
+        turns.go.release(count)
+        if thread.ident is None:
             thread.start()
         turns.done.acquire()
 
