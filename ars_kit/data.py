@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from ars_kit.passages import Passages, PassageWriter
 from ars_kit.spec import DataSource, Passage
 from ars_kit.spool import FEW_DOCUMENTS, PARTS, Part, Progress, Split, Spool
 from ars_kit.tokens import (
+    Ends,
     TokenizerSpec,
     TokenStream,
     identify,
@@ -35,7 +37,7 @@ from ars_kit.tokens import (
     write_tokens,
 )
 
-FORMAT = 3
+FORMAT = 4
 TOKENIZER_BYTES = 64 << 20
 """Training text that a tokenizer learns from; more is sampled evenly down to this."""
 ABANDONED = 24 * 3600.0
@@ -66,6 +68,7 @@ class Corpus:
 
     Attributes:
         train: the training tokens, each document followed by an end-of-text token.
+        train_ends: how many of them there are up to the end of each document.
         heldout: likewise, from text that neither the model nor the tokenizer trains on.
         tokenizer_dir: a tokenizer that transformers' AutoTokenizer loads.
         facts: what is known of it.
@@ -74,6 +77,7 @@ class Corpus:
 
     facts: CorpusFacts
     train: TokenStream
+    train_ends: Ends
     heldout: TokenStream
     tokenizer_dir: Path
     passages: Sequence[Passage]
@@ -184,7 +188,7 @@ def _fill(
     made = make_tokenizer(tokenizer, spool.sample(TOKENIZER_BYTES), temp / "tokenizer")
     dtype = np.dtype("uint16" if made.size <= 1 << 16 else "uint32")
     sizes = {part: [stop - start for start, stop in spool.ranges(part)] for part in PARTS}
-    index = PassageWriter.of(sizes["heldout"], FEW_DOCUMENTS)
+    index, ends = PassageWriter.of(sizes["heldout"], FEW_DOCUMENTS), array("q")
     tokens = {
         part: write_tokens(
             spool.pieces(part),
@@ -193,9 +197,11 @@ def _fill(
             dtype,
             lambda count: tell("tokenizing", count),
             index if part == "heldout" else None,
+            ends=ends if part == "train" else None,
         )
         for part in PARTS
     }
+    np.asarray(ends, dtype=np.int64).tofile(temp / "train.ends")
     index.save(temp, spool.origins("heldout"))
     return CorpusFacts(
         data_hash=spool.data_hash,
@@ -247,6 +253,7 @@ def _complete(folder: Path) -> bool:
         sizes = {"train": facts.train_tokens * item, "heldout": facts.heldout_tokens * item}
         return (
             all((folder / f"{p}.bin").stat().st_size == size for p, size in sizes.items())
+            and _ends(folder)[-1:].sum() == facts.train_tokens
             and Passages(folder).tokens == facts.heldout_tokens
             and tokenizer_hash(folder / "tokenizer") == facts.tokenizer_hash
         )
@@ -264,4 +271,11 @@ def _open(folder: Path) -> Corpus:
 
     train = stream("train", facts.train_tokens)
     heldout = stream("heldout", facts.heldout_tokens)
-    return Corpus(facts, train, heldout, folder / "tokenizer", Passages(folder))
+    return Corpus(facts, train, _ends(folder), heldout, folder / "tokenizer", Passages(folder))
+
+
+def _ends(folder: Path) -> Ends:
+    path = folder / "train.ends"
+    if not path.stat().st_size:
+        return np.zeros(0, np.int64)
+    return np.memmap(path, dtype=np.int64, mode="r")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from ars_kit import memory
+from ars_kit import memory, packing
 from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
@@ -117,6 +117,11 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     born = bear(cradle, member)
     born.facts["setup_flops"] *= accelerator.num_processes  # each of them bears it
     model, seed, recipe = born.model, born.seed, family.plan.recipe
+    if settings.data.document_mask and not packing.keeps_apart(model):
+        raise ConfigError(
+            f"a {model.config.model_type} cannot keep the documents of a sequence apart; leave "
+            "--document-mask out"
+        )
     model.to(accelerator.device)
     memory.prepare(model, recipe)
     shard(accelerator, model)
@@ -224,6 +229,7 @@ def _batches(family: Family, member: MemberPlan, replay: float) -> Batches:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             start=start,
+            ends=family.texts[data].train_ends,
         )
 
     own = read(member.data, member.start)
@@ -253,7 +259,7 @@ def _teaching(family: Family, strategy: str, born: Newborn, *, taught: bool) -> 
         parent = born.parent.to(family.accelerator.device).requires_grad_(False)
         wrapped = family.accelerator.prepare_model(parent, evaluation_mode=True).eval()
         context = family.plan.settings.data.sequence_length
-        teaching.teacher = lambda tokens: wrapped(input_ids=tokens, use_cache=False).logits
+        teaching.teacher = lambda *taken: packing.forward(wrapped, *taken).logits
         teaching.teacher_flops = flops_per_token(parent.config, context) / 3
     return teaching
 

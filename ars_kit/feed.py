@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ars_kit.tokens import Batches
+
+
+class Micro(NamedTuple):
+    """One micro-batch on the device.
+
+    Attributes:
+        window: token ids, shape (sequences, sequence_length + 1).
+        positions: of each input token in its document, shape (sequences, sequence_length), where
+            documents are kept apart.
+    """
+
+    window: Tensor
+    positions: Tensor | None
 
 
 class Feed:
@@ -21,14 +37,18 @@ class Feed:
         batches: of the member.
         micro_batches: that a step is split into.
         device: where to.
+        apart: whether documents are kept apart.
     """
 
-    def __init__(self, batches: Batches, micro_batches: int, device: torch.device) -> None:
+    def __init__(
+        self, batches: Batches, micro_batches: int, device: torch.device, *, apart: bool = False
+    ) -> None:
         self.batches, self.micro_batches, self.device = batches, micro_batches, device
-        self._ready: tuple[int, list[Tensor]] | None = None
+        self.apart = apart
+        self._ready: tuple[int, list[Micro]] | None = None
 
-    def take(self, place: int) -> list[Tensor]:
-        """Return the micro-batches of a step, each (sequences, sequence_length + 1) token ids."""
+    def take(self, place: int) -> list[Micro]:
+        """Return the micro-batches of a step."""
         ready, self._ready = self._ready, None
         return ready[1] if ready is not None and ready[0] == place else self._read(place)
 
@@ -37,11 +57,18 @@ class Feed:
         if self.device.type == "cuda":
             self._ready = place, self._read(place)
 
-    def _read(self, place: int) -> list[Tensor]:
-        return [self._sent(place, micro) for micro in range(self.micro_batches)]
+    def _read(self, place: int) -> list[Micro]:
+        parts = self.micro_batches
+        return [
+            Micro(
+                self._sent(self.batches.batch(place, micro, parts)),
+                self._sent(self.batches.positions(place, micro, parts)) if self.apart else None,
+            )
+            for micro in range(parts)
+        ]
 
-    def _sent(self, place: int, micro: int) -> Tensor:
-        window = torch.from_numpy(self.batches.batch(place, micro, self.micro_batches))
+    def _sent(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(numbers)
         if self.device.type == "cuda":
-            window = window.pin_memory()  # only a copy from pinned memory is asynchronous
-        return window.to(self.device, non_blocking=True)
+            tensor = tensor.pin_memory()  # only a copy from pinned memory is asynchronous
+        return tensor.to(self.device, non_blocking=True)

@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ars_kit.durable import byte_count
 from ars_kit.errors import ArsKitError, ConfigError
-from ars_kit.footprint import Footprint, footprint
+from ars_kit.footprint import Footprint, Work, footprint
 from ars_kit.memory import RECIPES, Recipe, RecipeName
 from ars_kit.optim import check_optimizer, make_base, under_recipe
 from ars_kit.records import PLAN_RECORD
@@ -77,15 +77,19 @@ def foreseen(
     train = plan.settings.train
     parts = accumulation or train.accumulation
     optimizer = under_recipe(host, plan.settings.optimizer, recipe)
+    work = Work(
+        sequences=train.batch_size // parts,
+        length=plan.settings.data.sequence_length,
+        bf16=plan.precision == "bf16",
+        accumulated=parts > 1,
+        apart=plan.settings.data.document_mask,
+        device=plan.device,
+    )
     return footprint(
         member.config,
         recipe=recipe,
-        bf16=plan.precision == "bf16",
-        sequences=train.batch_size // parts,
-        length=plan.settings.data.sequence_length,
+        work=work,
         make=lambda groups: make_base(host, optimizer, groups),
-        accumulated=parts > 1,
-        device=plan.device,
     )
 
 

@@ -9,8 +9,7 @@ and four layers are tried and each phase of the step is continued in a straight 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
 
 from ars_kit import memory
 from ars_kit.models import build, parameter_groups
@@ -104,6 +102,28 @@ class Footprint:
         return {**asdict(self), "rest": self.rest}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a training step computes.
+
+    Attributes:
+        sequences: of a micro-batch.
+        length: tokens of one.
+        bf16: whether fp32 weights compute in bf16 (autocast).
+        accumulated: whether a micro-batch finds the gradients of those before it.
+        apart: whether the documents of a sequence are kept apart.
+        device: elsewhere than on the CPU torch's and torchao's fused or compiled optimizers are
+            taken to need no memory beside their states.
+    """
+
+    sequences: int
+    length: int
+    bf16: bool = False
+    accumulated: bool = False
+    apart: bool = False
+    device: str = "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class _Phases:
     """The peak of each phase, and what stands between steps."""
@@ -121,32 +141,21 @@ def footprint(
     config: PretrainedConfig,
     *,
     recipe: Recipe,
-    bf16: bool,
-    sequences: int,
-    length: int,
+    work: Work,
     make: Callable[[list[dict[str, Any]]], Optimizer],
-    accumulated: bool = False,
-    device: str = "cpu",
 ) -> Footprint:
     """Return what a training step takes at its peak; nothing is allocated.
 
     Args:
         config: the member's.
         recipe: for the device's memory.
-        bf16: whether fp32 weights compute in bf16 (autocast).
-        sequences: of a micro-batch.
-        length: tokens of one.
+        work: what a step computes.
         make: the base optimizer over parameter groups.
-        accumulated: whether a micro-batch finds the gradients of those before it.
-        device: elsewhere than on the CPU torch's and torchao's fused or compiled optimizers are
-            taken to need no memory beside their states.
     """
 
     def tried(layers: int | None) -> _Phases:
         found = config if layers is None else _shallow(config, layers)
-        return _simulate(
-            found, recipe, bf16, (sequences, length), make, accumulated=accumulated, device=device
-        )
+        return _simulate(found, recipe, work, make)
 
     depth = getattr(config, "num_hidden_layers", 0)
     if depth <= TRIED[1] + 1 or config.get_text_config() is not config:
@@ -168,14 +177,10 @@ def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 def _simulate(
     config: PretrainedConfig,
     recipe: Recipe,
-    bf16: bool,
-    shape: tuple[int, int],
+    work: Work,
     make: Callable[[list[dict[str, Any]]], Optimizer],
-    *,
-    accumulated: bool,
-    device: str,
 ) -> _Phases:
-    with _unpacked(), FakeTensorMode(), LiveBytes() as live:
+    with FakeTensorMode(), LiveBytes() as live:
         model = build(config, seed=0)
         memory.prepare(model, recipe)
         model.train()
@@ -183,13 +188,14 @@ def _simulate(
         groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
         optimizer = make(groups)
         loss_of = memory.ChunkedLoss(model) if recipe.chunked else memory.whole_loss
-        window = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64)
+        window = torch.zeros((work.sequences, work.length + 1), dtype=torch.int64)
+        positions = torch.zeros_like(window[:, 1:]) if work.apart else None
         _take_gradients(model)
         gradients = live.now - weights
         optimizer.step()
         optimizer.zero_grad()
         states = live.now - weights
-        if accumulated:
+        if work.accumulated:
             _take_gradients(model)
         peaks: list[int] = []
 
@@ -199,36 +205,20 @@ def _simulate(
 
         live.peak = live.now
         passed = _second_last_output(model, config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not recipe.bf16_weights):
-            logits, loss = loss_of(model, window)
+        bf16 = work.bf16 and not recipe.bf16_weights
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits, loss = loss_of(model, window, positions)
         del logits
         phase()
         for output in passed[:1]:
             output.register_hook(lambda _: phase())
         loss.backward()
         phase()
-        if device == "cpu":
+        if work.device == "cpu":
             optimizer.step()
         phase()
     forward, *backward, step = peaks
     return _Phases(forward, backward[0], backward[-1], step, weights, gradients, states)
-
-
-@contextmanager
-def _unpacked() -> Iterator[None]:
-    """Spare transformers the look for packed documents, whose values fake tensors do not have.
-
-    Not finding out, it would make the attention mask that a run does without.
-    """
-    name = "find_packed_sequence_indices"
-    known = getattr(masking_utils, name, None)
-    if known is not None:
-        setattr(masking_utils, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        if known is not None:
-            setattr(masking_utils, name, known)
 
 
 def _take_gradients(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from ars_kit import packing
 from ars_kit.errors import ConfigError
 from ars_kit.schema import Choice
 
@@ -99,14 +100,17 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> None:
             ) from error
 
 
-def whole_loss(wrapped: Any, window: Tensor) -> tuple[Tensor | None, Tensor]:
+def whole_loss(
+    wrapped: Any, window: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
     """Return logits, shape (sequences, length, vocabulary), and their mean cross-entropy, 0-d.
 
     Args:
         wrapped: the model as accelerate prepared it.
         window: token ids, shape (sequences, length + 1).
+        positions: of each input token in its document, where documents are kept apart.
     """
-    logits = wrapped(input_ids=window[:, :-1], use_cache=False).logits
+    logits = packing.forward(wrapped, window[:, :-1], positions).logits
     return logits, cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
 
@@ -125,11 +129,13 @@ class ChunkedLoss:
         self.model, self.chunk = model, chunk
         self.head: Any = model.get_output_embeddings()
 
-    def __call__(self, wrapped: Any, window: Tensor) -> tuple[Tensor | None, Tensor]:
+    def __call__(
+        self, wrapped: Any, window: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """Return None for the logits, and their mean cross-entropy, 0-d and fp32."""
         with self._at_work():
             tokens, labels = window[:, :-1], window[:, 1:]
-            return None, wrapped(input_ids=tokens, labels=labels, use_cache=False).loss
+            return None, packing.forward(wrapped, tokens, positions, labels=labels).loss
 
     def agrees(self) -> bool:
         """Whether it is the loss that the model's own logits give.

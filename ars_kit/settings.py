@@ -66,6 +66,8 @@ class DataSettings:
     """Share of the text that is never trained on."""
     sequence_length: int = 128
     """Tokens of context."""
+    document_mask: bool = False
+    """Keep the documents of a sequence apart: no attention between them, positions restart."""
     heldout_tokens: int | None = 131072
     """Held-out tokens judged after each member; none judges all."""
 

@@ -29,7 +29,7 @@ class Teaching:
         loss: takes the place of the cross-entropy; None leaves it.
         on_step: called after each optimizer step; None: nothing is.
         weights: the member's live parameters by Hugging Face name.
-        teacher: returns logits for token ids; None where nobody teaches.
+        teacher: returns logits for token ids and their positions; None where nobody teaches.
         teacher_flops: of its forward pass, per token.
     """
 
@@ -37,11 +37,16 @@ class Teaching:
     loss: Loss | None = None
     on_step: OnStep | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    teacher: Callable[[Tensor], Tensor] | None = None
+    teacher: Callable[[Tensor, Tensor | None], Tensor] | None = None
     teacher_flops: float = 0.0
 
     def objective(
-        self, step: int, window: Tensor, logits: Tensor | None, loss: Tensor
+        self,
+        step: int,
+        window: Tensor,
+        logits: Tensor | None,
+        loss: Tensor,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, float]:
         """Return what the micro-batch is to minimise, and the FLOPs it costs beyond ``loss``.
 
@@ -51,6 +56,7 @@ class Teaching:
             logits: of the member, shape (sequences, length, vocabulary); None where they stand in
                 chunks, which a strategy with a loss of its own rules out.
             loss: their mean cross-entropy, 0-d.
+            positions: of each input token in its document, where documents are kept apart.
 
         Raises:
             PluginError: the strategy's loss raised, or returned something else than a 0-d tensor.
@@ -61,7 +67,7 @@ class Teaching:
         taught, spent = None, 0.0
         if self.teacher is not None:
             with torch.no_grad():
-                taught = self.teacher(inputs)
+                taught = self.teacher(inputs, positions)
             spent = self.teacher_flops * inputs.numel()
         lesson = Lesson(step, inputs, targets, logits, loss, self.weights, taught)
         try:

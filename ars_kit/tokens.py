@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ BATCH_BYTES = 4 << 20
 
 TokenStream = npt.NDArray[Any]
 """A 1-d array of uint16 or uint32 token ids, memory-mapped."""
+Ends = npt.NDArray[np.int64]
+"""How many tokens a stream has up to the end of each document, 1-d and rising, memory-mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,8 @@ def write_tokens(
     dtype: npt.DTypeLike,
     told: Callable[[int], None],
     index: PassageWriter | None = None,
+    *,
+    ends: array[int] | None = None,
 ) -> int:
     """Write the tokens of ``pieces`` to ``path`` as they come; returns how many.
 
@@ -181,6 +186,7 @@ def write_tokens(
         dtype: holds every id.
         told: called with the number of tokens written so far.
         index: takes down where documents begin and end.
+        ends: takes down how many tokens there are up to the end of each document.
     """
     # Without offsets it is faster, and only a cut inside a document asks for them.
     encode = made.core.encode_batch if index and index.size else made.core.encode_batch_fast
@@ -189,12 +195,14 @@ def write_tokens(
         for batch in _batched(pieces):
             texts = [text for text, _ in batch]
             coded = encode(texts, add_special_tokens=False)
-            for encoding, (text, ends) in zip(coded, batch, strict=True):
+            for encoding, (text, last) in zip(coded, batch, strict=True):
                 if index:
-                    index.add(text, encoding, ends=ends)
-                ids = np.array(encoding.ids + [made.end] * ends, dtype=dtype)
+                    index.add(text, encoding, ends=last)
+                ids = np.array(encoding.ids + [made.end] * last, dtype=dtype)
                 file.write(ids.tobytes())
                 count += len(ids)
+                if last and ends is not None:
+                    ends.append(count)
             told(count)
     return count
 
@@ -227,6 +235,7 @@ class Batches:
         rank: this process.
         world_size: processes that share a step.
         start: sequences that the lineage has read before step 0.
+        ends: of the stream's documents, where :meth:`positions` are asked for.
 
     Raises:
         ConfigError: a batch does not divide into equal parts for the processes.
@@ -243,12 +252,13 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        ends: Ends | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError(
                 f"train.batch_size {batch_size} cannot be split over {world_size} processes"
             )
-        self.stream = stream
+        self.stream, self.ends = stream, ends
         self.length = sequence_length
         self.batch_size = batch_size
         self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
@@ -266,6 +276,25 @@ class Batches:
         Raises:
             ConfigError: a batch does not divide into that many equal parts.
         """
+        rows = [self.sequence(number) for number in self._numbers(step, micro, micro_batches)]
+        return np.stack(rows).astype(np.int64)
+
+    def positions(self, step: int, micro: int = 0, micro_batches: int = 1) -> npt.NDArray[np.int64]:
+        """Return each input token's position in its document, as :meth:`batch` returns the tokens.
+
+        A document that began before its window counts from the window's begin.
+
+        Returns:
+            Shape (batch_size / world_size / micro_batches, sequence_length).
+        """
+        rows = []
+        for number in self._numbers(step, micro, micro_batches):
+            text, begin = self.locate(number)
+            assert text.ends is not None  # noqa: S101 -- the caller's to know
+            rows.append(positions_in(text.ends, begin, self.length))
+        return np.stack(rows)
+
+    def _numbers(self, step: int, micro: int, micro_batches: int) -> range:
         size, left_over = divmod(self.batch_size, self.world_size * micro_batches)
         if left_over:
             raise ConfigError(
@@ -273,17 +302,20 @@ class Batches:
                 f"micro-batches on each of {self.world_size} processes"
             )
         first = step * self.batch_size + (self.rank * micro_batches + micro) * size
-        rows = [self.sequence(first + i) for i in range(size)]
-        return np.stack(rows).astype(np.int64)
+        return range(first, first + size)
 
     def sequence(self, number: int) -> TokenStream:
         """Return a sequence of ``sequence_length + 1`` tokens, counted from step 0."""
+        text, begin = self.locate(number)
+        return text.stream[begin : begin + self.length + 1]
+
+    def locate(self, number: int) -> tuple[Batches, int]:
+        """Return whose stream a sequence is read from, and where it begins there."""
         index = self.start + number
         epoch, place = divmod(index, self.windows)
         window = permuted(place, self.windows, key=(self.seed << 20) ^ epoch)
         offset = _mix(epoch, self.seed) % self.length if epoch else 0
-        begin = offset + window * self.length
-        return self.stream[begin : begin + self.length + 1]
+        return self, offset + window * self.length
 
 
 class Replayed(Batches):
@@ -300,13 +332,26 @@ class Replayed(Batches):
         self.__dict__ |= own.__dict__
         self.own, self.old, self.share = own, old, share
 
-    def sequence(self, number: int) -> TokenStream:
-        """Return a sequence, counted from step 0; an old one wherever the share is due."""
+    def locate(self, number: int) -> tuple[Batches, int]:
+        """Return whose stream a sequence is read from; an old one's wherever the share is due."""
         before, after = int(number * self.share), int((number + 1) * self.share)
         if before == after:
-            return self.own.sequence(number - before)
+            return self.own.locate(number - before)
         text, read = self.old[before % len(self.old)]
-        return text.sequence(before // len(self.old) % read)
+        return text.locate(before // len(self.old) % read)
+
+
+def positions_in(ends: Ends, begin: int, length: int) -> npt.NDArray[np.int64]:
+    """Return each token's position in its document, for ``length`` tokens of a stream.
+
+    The end-of-text token is the last of the document that it ends. A document that began before
+    ``begin`` counts from there.
+    """
+    first, last = np.searchsorted(ends, (begin + 1, begin + length))
+    starts = np.asarray(ends[first:last]) - begin
+    origin = np.zeros(length, dtype=np.int64)
+    origin[starts] = starts
+    return np.arange(length) - np.maximum.accumulate(origin)
 
 
 def permuted(place: int, size: int, *, key: int) -> int:

@@ -77,7 +77,8 @@ class Trainee:
         decay_fraction: share of the steps in which it falls; None for the run's.
         branch: steps after which the state is also kept for an heir; None where no heir wants it.
         curve: when the held-out text is judged along the way; None for never.
-        loss: of the wrapped model on a window: logits, or None, and the mean cross-entropy.
+        loss: of the wrapped model on a window and positions in it: logits, or None, and the mean
+            cross-entropy.
     """
 
     plan: MemberPlan
@@ -96,14 +97,15 @@ class Trainee:
     decay_fraction: float | None = None
     branch: int | None = None
     curve: Curve | None = None
-    loss: Callable[[Any, Tensor], tuple[Tensor | None, Tensor]] = whole_loss
+    loss: Callable[[Any, Tensor, Tensor | None], tuple[Tensor | None, Tensor]] = whole_loss
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.feed = Feed(self.batches, self.settings.train.accumulation, self.accelerator.device)
+        parts, device = self.settings.train.accumulation, self.accelerator.device
+        self.feed = Feed(self.batches, parts, device, apart=self.settings.data.document_mask)
 
 
 def train_member(job: Trainee) -> None:
@@ -171,11 +173,11 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     set_rates(job.optimizer, factor)
     follow_hints(job.optimizer, step)
     place = step + job.recovery.passed_over
-    for micro, window in enumerate(job.feed.take(place), start=1):
+    for micro, (window, positions) in enumerate(job.feed.take(place), start=1):
         last = micro == train.accumulation
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            logits, loss = job.loss(wrapped, window)
-            objective, flops = job.teaching.objective(step, window, logits, loss)
+            logits, loss = job.loss(wrapped, window, positions)
+            objective, flops = job.teaching.objective(step, window, logits, loss, positions)
             # The gates and the history see the cross-entropy, whatever else is minimised.
             job.optimizer.observe(loss / train.accumulation)
             if last:

@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig, Qwen2Config, __version__
 
 from ars_kit.figures import device_name
-from ars_kit.footprint import LiveBytes, footprint
+from ars_kit.footprint import LiveBytes, Work, footprint
 from ars_kit.host import Host
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
 from ars_kit.models import build, count_parameters, parameter_groups
@@ -45,13 +45,10 @@ def foresee(
     return footprint(
         config,
         recipe=recipe,
-        bf16=device != "cpu",
-        sequences=shape[0],
-        length=shape[1],
+        work=Work(sequences=shape[0], length=shape[1], bf16=device != "cpu", device=device),
         make=lambda groups: make_base(
             host, under_recipe(host, Settings().optimizer, recipe), groups
         ),
-        device=device,
     ).facts()
 
 

@@ -34,6 +34,7 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--depth", "family.depth", "miniseries; with --base same (default) or grow."),
     ("--data", "data.source", "A path, hf:owner/name, kaggle:owner/name, or a source."),
     ("--sequence-length", "data.sequence_length", "Tokens of context."),
+    ("--document-mask", "data.document_mask", "No attention from one document to another."),
     ("--iterations", "train.iterations", "Of the first member and of each later one: 100,50."),
     ("--tokens", "train.tokens", "Tokens per member; overrides --iterations."),
     ("--batch-size", "train.batch_size", "Sequences per optimizer step."),
@@ -55,7 +56,7 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("--heldout-every", "run.heldout_every", "Steps between points of the held-out curve."),
 )
-SWITCHES = frozenset({"train.compile"})
+SWITCHES = frozenset({"train.compile", "data.document_mask"})
 """Settings whose flag takes no value."""
 MANY: tuple[tuple[str, str, str], ...] = (
     ("--gate", "optimizer.gates", "Add a damping gate, NAME:key=value. Repeatable."),
