@@ -17,6 +17,7 @@ from ars_kit.errors import ArsKitError, IntegrityError, PluginError
 from ars_kit.factors import dequantised
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.ledger import counting
+from ars_kit.lora import WHOLE
 from ars_kit.models import (
     build,
     load_base,
@@ -128,7 +129,9 @@ def bear(cradle: Cradle, member: MemberPlan) -> Newborn:
     change = _check_promise(cradle, member, seed, parent_model, model)
     shapes = {name: tensor.shape for name, tensor in fresh.items()}
     opt_state = None
-    if seed.opt_state == "derive" and parent.opt_state:
+    # Moments are of whole weights, and with adapters those do not move.
+    whole = cradle.plan.settings.train.trainable == WHOLE
+    if whole and seed.opt_state == "derive" and parent.opt_state:
         opt_state = derive_opt_state(parent.opt_state, seed.provenance, shapes)
     facts |= {
         "preserves": seed.preserves,

@@ -17,6 +17,7 @@ from typing import Any
 
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
+from ars_kit.lora import WHOLE
 from ars_kit.optim import GUARD, PER_MEMBER
 from ars_kit.plan import MemberPlan, RunPlan, plan_run
 from ars_kit.roster import parse_roster
@@ -95,7 +96,8 @@ def _plan_control(
     bare = replace(settings, run=replace(settings.run, controls=()))
     if name == "scratch":
         family = replace(settings.family, strategy=Choice("scratch"))
-        return Control(name, _timed(plan_run(replace(bare, family=family), host), plan))
+        fresh = _from_nothing(replace(bare, family=family))
+        return Control(name, _timed(plan_run(fresh, host), plan))
     if name == "no-ars":
         # The guard against steps that are not finite is everybody's.
         kept = tuple(gate for gate in settings.optimizer.without if gate == GUARD.name)
@@ -107,7 +109,9 @@ def _plan_control(
     member = large if name == "one-long-run" else min(plan.members, key=lambda m: m.parameters)
     budget = _spent(plan, metrics, None if name == "one-long-run" else large.name)
     given = "the whole family" if name == "one-long-run" else f"the path to {large.name}"
-    alone = _alone(bare, member)
+    alone = _from_nothing(_alone(bare, member))
+    if alone.train.trainable != settings.train.trainable:
+        member = plan_run(alone, host).members[0]  # all of it trains now, which costs more a step
     per_step = member.flops / member.steps
     steps = max(1, round(budget / per_step))
     tokens = steps * settings.train.batch_size * settings.data.sequence_length
@@ -144,6 +148,13 @@ def _spent(plan: RunPlan, metrics: Sequence[Mapping[str, Any]] | None, member: s
         total += at.planned_flops
         at = by_name.get(at.parent or "")
     return total
+
+
+def _from_nothing(settings: Settings) -> Settings:
+    """Return settings under which all trains where, for want of a base, nothing is inherited."""
+    if settings.family.base is not None:
+        return settings
+    return replace(settings, train=replace(settings.train, trainable=WHOLE))
 
 
 def _alone(settings: Settings, member: MemberPlan) -> Settings:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 
 from ars_kit import memory, packing
+from ars_kit.adapters import Adapters, new_tensors, share_of
 from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
@@ -20,6 +22,7 @@ from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
 from ars_kit.judge import PERPLEXITY, judge, write_files
 from ars_kit.ledger import counting
+from ars_kit.lora import parse_trainable
 from ars_kit.models import (
     build,
     flops_per_token,
@@ -124,6 +127,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         )
     model.to(accelerator.device)
     memory.prepare(model, recipe)
+    member, adapters = _adapted(family, member, born, cradle.who)
     shard(accelerator, model)
     if is_sharded(model):
         _require_whole(seed, cradle.who, taught=member.teacher_flops > 0)
@@ -158,7 +162,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         stop=family.stop,
         warmup=train.warmup_steps if seed.rewarm_steps is None else seed.rewarm_steps,
         recovery=Recovery.of(train),
-        teaching=_teaching(family, cradle.who, born, taught=member.teacher_flops > 0),
+        teaching=_teaching(
+            family, cradle.who, born, taught=member.teacher_flops > 0, adapters=adapters
+        ),
         start_lr=seed.start_lr,
         decay_fraction=seed.decay_fraction,
         branch=member.branch,
@@ -168,6 +174,8 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
     train_member(job)
+    if adapters is not None:
+        adapters.merge(seed=member_seed(settings.family.seed, member.name))
     model = _whole(family, member, model)
     if accelerator.is_main_process:
         quality = _judged(family, member, model)
@@ -177,6 +185,36 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # or it would hold on to every member's model
     return read_metrics(family.folder, member.name)
+
+
+def _adapted(
+    family: Family, member: MemberPlan, born: Newborn, who: str
+) -> tuple[MemberPlan, Adapters | None]:
+    """Put adapters into a newborn, where the run trains such; what it costs is known from then on.
+
+    Raises:
+        ConfigError: its strategy changes weights that would be frozen, or nothing was inherited.
+    """
+    settings = family.plan.settings
+    lora = parse_trainable(settings.train.trainable)
+    if lora is None:
+        return member, None
+    if member.parent is None:
+        if family.accelerator.is_main_process:
+            family.watcher.aside(f"{member.name}: it inherits nothing, so all of it trains")
+        return member, None
+    if born.seed.on_step is not None:
+        raise ConfigError(
+            f"{who} changes weights between steps, which --trainable {settings.train.trainable} "
+            "leaves frozen; use --trainable all"
+        )
+    whole = new_tensors(weights_of(born.model), born.seed.provenance)
+    share = share_of(born.model, settings.data.sequence_length, lora, whole=whole)
+    number = member_seed(settings.family.seed, member.name)
+    rng = torch.Generator().manual_seed(number)
+    adapters = Adapters(born.model, lora, whole=whole, rng=rng)
+    flops = share.flops * member.tokens
+    return replace(member, trainable_parameters=share.parameters, flops=flops), adapters
 
 
 def _require_whole(seed: Seed, who: str, *, taught: bool) -> None:
@@ -252,8 +290,10 @@ def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Asses
     )
 
 
-def _teaching(family: Family, strategy: str, born: Newborn, *, taught: bool) -> Teaching:
-    weights = dict(born.model.named_parameters())
+def _teaching(
+    family: Family, strategy: str, born: Newborn, *, taught: bool, adapters: Adapters | None
+) -> Teaching:
+    weights = adapters.weights() if adapters else dict(born.model.named_parameters())
     teaching = Teaching(strategy, born.seed.loss, born.seed.on_step, weights)
     if taught and born.parent is not None:
         parent = born.parent.to(family.accelerator.device).requires_grad_(False)

@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from ars_kit.durable import byte_count
 from ars_kit.errors import ArsKitError, ConfigError
 from ars_kit.footprint import Footprint, Work, footprint
+from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.memory import RECIPES, Recipe, RecipeName
 from ars_kit.optim import check_optimizer, make_base, under_recipe
 from ars_kit.records import PLAN_RECORD
@@ -38,12 +39,17 @@ def fitted_plan(plan: RunPlan, host: Host, out: Path, *, look: bool = False) -> 
     Raises:
         ConfigError: the recipe and the optimizer contradict each other.
     """
-    wanted = plan.settings.train.memory
+    wanted, trainable = plan.settings.train.memory, plan.settings.train.trainable
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if wanted not in {"auto", "full"}:
             raise ConfigError(
                 f"--memory {wanted} is for devices that hold all weights; FSDP2 shards them, so "
                 "leave it out"
+            )
+        if trainable != WHOLE:
+            raise ConfigError(
+                f"--trainable {trainable} merges whole weights, which FSDP2 leaves to no process; "
+                "use DDP"
             )
         return replace(plan, recipe=RECIPES["full"])  # what a shard takes is not foreseen
     begun = _begun(out) if wanted == "auto" else None
@@ -83,6 +89,8 @@ def foreseen(
         bf16=plan.precision == "bf16",
         accumulated=parts > 1,
         apart=plan.settings.data.document_mask,
+        lora=None if member.new_layers is None else parse_trainable(train.trainable),
+        new=member.new_layers or 0,
         device=plan.device,
     )
     return footprint(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from ars_kit import memory
+from ars_kit.adapters import Adapters, last_blocks
 from ars_kit.models import build, parameter_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
+    from ars_kit.lora import Lora
     from ars_kit.memory import Recipe
 
 TRIED = (3, 4)
@@ -112,6 +114,8 @@ class Work:
         bf16: whether fp32 weights compute in bf16 (autocast).
         accumulated: whether a micro-batch finds the gradients of those before it.
         apart: whether the documents of a sequence are kept apart.
+        lora: the adapters of what is inherited; None: everything trains.
+        new: blocks that are not inherited, and train whole beside adapters.
         device: elsewhere than on the CPU torch's and torchao's fused or compiled optimizers are
             taken to need no memory beside their states.
     """
@@ -121,6 +125,8 @@ class Work:
     bf16: bool = False
     accumulated: bool = False
     apart: bool = False
+    lora: Lora | None = None
+    new: int = 0
     device: str = "cpu"
 
 
@@ -153,16 +159,22 @@ def footprint(
         make: the base optimizer over parameter groups.
     """
 
-    def tried(layers: int | None) -> _Phases:
-        found = config if layers is None else _shallow(config, layers)
-        return _simulate(found, recipe, work, make)
+    def tried(layers: int, new: int) -> dict[str, int]:
+        found = _shallow(config, layers)
+        return asdict(_simulate(found, recipe, replace(work, new=new), make))
 
     depth = getattr(config, "num_hidden_layers", 0)
     if depth <= TRIED[1] + 1 or config.get_text_config() is not config:
-        p = tried(None)
+        p = _simulate(config, recipe, work, make)
     else:
-        low, high = (asdict(tried(n)) for n in TRIED)
-        p = _Phases(**{k: low[k] + (high[k] - low[k]) * (depth - TRIED[0]) for k in low})
+        low, high = (tried(n, 0) for n in TRIED)
+        more = tried(TRIED[1], 1) if work.new else high
+        p = _Phases(
+            **{
+                k: low[k] + (high[k] - low[k]) * (depth - TRIED[0]) + (more[k] - high[k]) * work.new
+                for k in low
+            }
+        )
     return Footprint(max(p.forward, p.top, p.below, p.step), p.weights, p.gradients, p.states)
 
 
@@ -183,6 +195,8 @@ def _simulate(
     with FakeTensorMode(), LiveBytes() as live:
         model = build(config, seed=0)
         memory.prepare(model, recipe)
+        if work.lora is not None:
+            Adapters(model, work.lora, whole=last_blocks(model, work.new))
         model.train()
         weights = live.now
         groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
@@ -223,7 +237,8 @@ def _simulate(
 
 def _take_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _second_last_output(model: nn.Module, config: PretrainedConfig) -> Sequence[Tensor]:

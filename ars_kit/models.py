@@ -155,13 +155,23 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=True)}
 
 
-def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return those of the weights that train, by name, detached; all where nothing is frozen."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor], *, trained: bool = False) -> None:
     """Copy ``weights`` into the model; names and shapes must match exactly.
+
+    Args:
+        model: what they are for.
+        weights: by name.
+        trained: they are those that train, the frozen ones stay.
 
     Raises:
         ValueError: names are missing or unknown, or a shape differs.
     """
-    own = dict(model.named_parameters(remove_duplicate=True))
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad or not trained}
     if own.keys() != weights.keys():
         missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
@@ -220,7 +230,7 @@ def parameter_groups(
     lr_width: int | None,
     lr_vectors: float,
 ) -> list[dict[str, Any]]:
-    """Return torch parameter groups by role, in a fixed order.
+    """Return torch parameter groups by role, in a fixed order; what is frozen is in none.
 
     Hidden matrices train at ``lr * lr_width / width`` (Yang et al., muP, 2203.03466: one rate then
     serves all widths), embeddings and vectors (norms, biases) at ``lr_vectors``; without
@@ -248,6 +258,8 @@ def parameter_groups(
         for role, rate in rates.items()
     }
     for name, p in model.named_parameters(remove_duplicate=True):
+        if not p.requires_grad:
+            continue
         role = "embedding" if id(p) in embeddings else "matrix" if p.ndim > 1 else "vector"
         found[role]["params"].append(p)
         found[role]["names"].append(name)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import torch
 
+from ars_kit.adapters import Share, foreseen_share, require_peft, wider
 from ars_kit.errors import ConfigError
 from ars_kit.footprint import Footprint
 from ars_kit.host import Host
 from ars_kit.inherit import descents
 from ars_kit.judge import require_distinct
+from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.memory import RECIPES, Recipe, RecipeName
 from ars_kit.models import (
@@ -52,11 +54,13 @@ class MemberPlan:
         data: the text it trains on, as it was written.
         before: the other texts that its lineage was trained on, and how many sequences of each.
         position: 0 for the family's first member, 1 for its last.
+        trainable_parameters: those that train.
         flops: of its training steps, forward and backward.
         memory_bytes: estimated peak of weights, gradients, two moments and activations, fp32.
         phase: of its parent's training that it continues.
         branch: steps after which its state is kept for heirs of its stable phase; None: not kept.
         teacher_flops: of its parent's forward passes beside it; 0 where the parent does not teach.
+        new_layers: blocks that train whole beside adapters; None where everything trains.
         seconds: estimated training time; None before :func:`estimate` has looked at the device.
     """
 
@@ -65,6 +69,7 @@ class MemberPlan:
     parent: str | None
     config: PretrainedConfig = field(repr=False)
     parameters: int
+    trainable_parameters: int
     steps: int
     tokens: int
     start: int
@@ -76,6 +81,7 @@ class MemberPlan:
     teacher_flops: float = 0.0
     data: str = ""
     before: tuple[tuple[str, int], ...] = ()
+    new_layers: int | None = None
     seconds: float | None = None
 
     @property
@@ -85,7 +91,7 @@ class MemberPlan:
 
     def facts(self) -> dict[str, Any]:
         """Return the plan's figures, JSON-ready."""
-        skipped = {"config", "start", "position", "branch", "before"}
+        skipped = {"config", "start", "position", "branch", "before", "new_layers"}
         found = {k: v for k, v in asdict(self).items() if k not in skipped}
         return {**found, "width": self.config.hidden_size, "layers": self.config.num_hidden_layers}
 
@@ -144,7 +150,7 @@ class RunPlan:
         states = 2 if self.settings.train.on_instability == "ignore" else 4
         kept = sum(4 * m.parameters + HISTORY_ROW * m.steps for m in members)
         states += 1 if any(m.branch for m in self.members) else 0
-        return kept + states * 12 * max(m.parameters for m in members)
+        return kept + states * 12 * max(m.trainable_parameters for m in members)
 
     def facts(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""
@@ -279,6 +285,14 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
         read = _read(parent, d.phase, train.batch_size) if parent else {}
         tokens = steps * train.batch_size * context
         parameters = count_parameters(config)
+        share = _share(settings, member, origin, config)
+        if share is not None and d.phase == "stable":
+            raise ConfigError(
+                f"strategy {choice.name!r} continues a state from before the learning rate falls, "
+                "which with lora holds adapters alone; use --trainable all"
+            )
+        trainable = share.parameters if share else parameters
+        per_token = share.flops if share else flops_per_token(config, context)
         taught = origin if d.taught else None
         found[d.member] = MemberPlan(
             name=member.name,
@@ -286,19 +300,51 @@ def _members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
             parent=parent.name if parent else base,
             config=config,
             parameters=parameters,
+            trainable_parameters=trainable,
             steps=steps,
             tokens=tokens,
             start=read.pop(data, 0),
             position=d.member / (len(roster) - 1) if len(roster) > 1 else 0.0,
-            flops=flops_per_token(config, context) * tokens,
-            memory_bytes=_memory(config, parameters, settings, taught),
+            flops=per_token * tokens,
+            memory_bytes=_memory(config, parameters, settings, taught)
+            - 12 * (parameters - trainable),
             phase=d.phase,
             branch=_branch(settings, steps) if d.member in branching else None,
             teacher_flops=flops_per_token(taught, context) / 3 * tokens if taught else 0.0,
             data=data,
             before=tuple(read.items()),
+            new_layers=share.new if share else None,
         )
-    return tuple(found.values())
+    members = tuple(found.values())
+    if train.trainable != WHOLE and all(m.parent is None for m in members):
+        raise ConfigError(
+            f"--trainable {train.trainable} puts adapters beside what is inherited, and here no "
+            "member inherits; name a --base, or use a strategy that inherits"
+        )
+    return members
+
+
+def _share(
+    settings: Settings, member: Member, origin: PretrainedConfig | None, config: PretrainedConfig
+) -> Share | None:
+    """Return what of a member trains; None where all of it does.
+
+    Raises:
+        ConfigError: adapters cannot train it.
+    """
+    lora = parse_trainable(settings.train.trainable)
+    if lora is None:
+        return None
+    require_peft()
+    if origin is None:
+        return None
+    if more := wider(origin, config):
+        raise ConfigError(
+            f"{member.name} is wider than its parent ({more}), and with lora what is new in a "
+            "matrix would stay as it was made; use --trainable all, or members that are only deeper"
+        )
+    new = max(0, config.num_hidden_layers - origin.num_hidden_layers)
+    return foreseen_share(config, settings.data.sequence_length, lora, new)
 
 
 def _read(parent: MemberPlan, phase: Phase, batch_size: int) -> dict[str, int]:

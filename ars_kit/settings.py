@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ars_kit.errors import ConfigError
+from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.roster import SUFFIX, parse_roster, read_roster
 from ars_kit.schema import Choice, coerce, did_you_mean
 
@@ -94,6 +95,8 @@ class TrainSettings:
     """Compile the decoder layers with torch.compile, once for each shape of them in the family."""
     memory: Literal["auto", "full", "lean", "tiny"] = "auto"
     """Recipe for the device's memory; auto takes the first of full, lean, tiny that fits."""
+    trainable: Choice = WHOLE
+    """Of what is inherited: all trains, or adapters, lora:r=16 (r, alpha, dropout, targets)."""
     lr: float = 12e-3
     """Peak learning rate (of hidden matrices at width lr_width, where that is set)."""
     lr_width: int | None = 32
@@ -203,6 +206,9 @@ PRETRAINED: Mapping[str, Any] = {
     "train.warmup_steps": 10,
 }
 
+ADAPTED: Mapping[str, Any] = {"train.lr": 1e-4}
+"""What adapters of a pretrained base want otherwise than all of it."""
+
 CONTROLS = ("scratch", "no-growth", "one-long-run", "no-ars")
 """The controls there are; :mod:`ars_kit.controls` says what each is."""
 
@@ -272,7 +278,8 @@ def resolve(
         # What the run freezes are the shapes: the file may change after.
         values["family.members"] = read_roster(Path(members))
     if values.get("family.base"):
-        values = {**PRETRAINED, **values}
+        adapted = values.get("train.trainable", WHOLE) != WHOLE
+        values = {**PRETRAINED, **(ADAPTED if adapted else {}), **values}
     sections = {
         name: section(
             **{k.partition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
@@ -388,6 +395,7 @@ def _check(settings: Settings) -> None:
     parse_roster(settings.family.members)
     _check_values(settings.flat())
     _check_family(settings.family)
+    parse_trainable(settings.train.trainable)
     train, added = settings.train, [gate.name for gate in settings.optimizer.gates]
     if train.batch_size % train.accumulation:
         raise ConfigError(

@@ -21,7 +21,7 @@ from ars_kit.errors import ArsKitError, DivergedError, Interrupted, PluginError,
 from ars_kit.feed import Feed
 from ars_kit.measure import Meter
 from ars_kit.memory import whole_loss
-from ars_kit.models import set_weights, weights_of
+from ars_kit.models import set_weights, trained_weights, weights_of
 from ars_kit.ranks import wrapped as wrapped_model
 from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
@@ -278,7 +278,7 @@ def resume(job: Trainee) -> int:
         if is_sharded(job.model):
             tree["weights"] = dealt_weights(tree["weights"], job.model)
             state = dealt_state(state, job.optimizer)
-        set_weights(job.model, tree["weights"])
+        set_weights(job.model, tree["weights"], trained=True)
         try:
             job.optimizer.load_state_dict(state)
         except PluginError as error:
@@ -318,7 +318,7 @@ def save(job: Trainee, step: int, *, together: bool = True, name: str | None = N
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
     main = job.accelerator.is_main_process
-    weights = gathered(weights_of(job.model), keep=main)
+    weights = gathered(trained_weights(job.model), keep=main)
     optimizer = gathered(job.optimizer.state_dict(), keep=main)
     regular = step % job.settings.run.save_every == 0 or step == job.plan.steps
     keep = job.recovery.keep(step, regular=regular) if name is None else []

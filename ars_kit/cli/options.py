@@ -43,6 +43,7 @@ FLAGS: tuple[tuple[str, str, str], ...] = (
     ("--device", "train.device", "auto, cpu, cuda or mps."),
     ("--compile", "train.compile", "Compile the decoder layers; slow to begin, then faster."),
     ("--memory", "train.memory", "Recipe: auto, full, lean or tiny."),
+    ("--trainable", "train.trainable", "all, or lora:r=16: adapters, merged in the end."),
     ("--lr", "train.lr", "Peak learning rate."),
     ("--schedule", "train.schedule", "wsd, cosine or constant."),
     ("--optimizer", "optimizer.name", "A wrapper (ars) or a base optimizer (adamw)."),

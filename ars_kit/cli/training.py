@@ -180,6 +180,12 @@ def _print_plan(
         f"{byte_count(plan.disk_bytes)} of disk, {room} in {byte_count(free)} at {out}.",
     )
     peaks = ", ".join(f"{name} {byte_count(f.peak)}" for name, f in plan.footprints.items())
+    for m in plan.members:
+        if m.trainable_parameters < m.parameters:
+            say(
+                console,
+                f"Of {m.name} {m.trainable_parameters:,} parameters train ({train.trainable}).",
+            )
     say(console, f"Memory recipe: {plan.recipe.name}{f' (peaks: {peaks})' if peaks else ''}.")
     for control in controls:
         steps = sum(m.steps for m in control.plan.members)
