@@ -22,6 +22,7 @@ from ars_kit.cli import cli
 from ars_kit.roster import parse_depths
 from ars_kit.schema import _argument_docs, describe
 from ars_kit.settings import (
+    ADAPTED,
     PRETRAINED,
     SECTIONS,
     Settings,
@@ -177,7 +178,9 @@ def _meaning(kind: type[errors.ArsKitError]) -> str:
 def _default(section: str, field: dataclasses.Field[Any]) -> str:
     shown = f"`{spelled(field.default) or '(empty)'}`"
     key = f"{section}.{field.name}"
-    return f"{shown}; with a base `{spelled(PRETRAINED[key])}`" if key in PRETRAINED else shown
+    if key in PRETRAINED:
+        shown += f"; with a base `{spelled(PRETRAINED[key])}`"
+    return f"{shown}, its adapters `{spelled(ADAPTED[key])}`" if key in ADAPTED else shown
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:

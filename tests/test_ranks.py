@@ -20,6 +20,7 @@ from ars_kit.errors import ArsKitError, ConfigError, Preempted
 from ars_kit.sharding import is_sharded
 
 STOPPED, LOST = "fsdp", "lost"
+ADAPTED = ("--depth", "depth", "--trainable", "lora:r=2", "--document-mask")
 FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -64,6 +65,7 @@ def rank_main(rank: int, home: Path, texts: str) -> None:
     from accelerate.state import AcceleratorState
 
     train(home / "ddp", texts)
+    train(home / "ddp-adapted", texts, *ADAPTED)
 
     AcceleratorState._reset_state()
     os.environ.update(FSDP)
@@ -92,6 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, cache: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ARSKIT_CACHE", str(cache))
         train(home / "one", texts)
+        train(home / "one-adapted", texts, *ADAPTED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -129,6 +132,21 @@ def test_two_processes_follow_the_losses_of_one(trained: Path, how: str, member:
         assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-3)
     one, two = (rows(trained / run, member) for run in ("one", how))
     assert [r["gradient"] for r in two] == pytest.approx([r["gradient"] for r in one], abs=1e-2)
+
+
+def test_two_processes_train_adapters_on_documents_apart_as_one_does(trained: Path) -> None:
+    from ars_kit.outcome import read_metrics
+    from ars_kit.store import RunFolder
+
+    runs = [trained / f"{how}-adapted" for how in ("one", "ddp")]
+    for member in ("d2", "d3"):
+        one, two = ([r["loss"] for r in rows(run, member)] for run in runs)
+        assert two == pytest.approx(one, abs=2e-3)
+        one, two = ([r["gradient"] for r in rows(run, member)] for run in runs)
+        assert two == pytest.approx(one, abs=1e-2)
+    heirs = [read_metrics(RunFolder(run), "d3") for run in runs]
+    assert heirs[0]["heldout_loss"] == pytest.approx(heirs[1]["heldout_loss"], abs=2e-3)
+    assert heirs[0]["trainable_parameters"] < heirs[0]["parameters"]
 
 
 @pytest.mark.parametrize("how", ["ddp", STOPPED, LOST])
