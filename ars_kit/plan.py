@@ -211,6 +211,7 @@ def estimate(plan: RunPlan) -> RunPlan:
             probe_training(
                 m.config, sequence_length=data.sequence_length, micro_batch=micro, device=device
             )
+            * (m.flops / (flops_per_token(m.config, data.sequence_length) * m.tokens))  # if frozen
             for m in (first, last)
         )
         span = (last.flops / last.steps - first.flops / first.steps) or 1.0

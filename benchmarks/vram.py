@@ -1,6 +1,7 @@
 """Peak memory by recipe, model size and sequence length: foreseen, and measured where it can be.
 
     python benchmarks/vram.py --json benchmarks/results/vram.json
+    python benchmarks/vram.py --trainable lora:r=16 --json benchmarks/results/vram_lora.json
 
 On the CPU small models are measured by the live bytes of two real steps; on a GPU
 (``--device cuda``) by torch's allocator, with a Qwen2.5-7B of random weights (``--large``) where it
@@ -19,12 +20,15 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, Qwen2Config, __version__
 
+from ars_kit.adapters import Adapters
 from ars_kit.figures import device_name
 from ars_kit.footprint import LiveBytes, Work, footprint
 from ars_kit.host import Host
+from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
 from ars_kit.models import build, count_parameters, parameter_groups
 from ars_kit.optim import make_base, under_recipe
+from ars_kit.schema import parse_choice
 from ars_kit.settings import Settings
 from ars_kit.shapes import embedded_config
 
@@ -39,13 +43,20 @@ SMALL = ((2, 64, 128), (4, 128, 128), (4, 128, 512))
 
 
 def foresee(
-    config: PretrainedConfig, recipe: Recipe, shape: tuple[int, int], device: str, host: Host
+    config: PretrainedConfig,
+    recipe: Recipe,
+    shape: tuple[int, int],
+    device: str,
+    host: Host,
+    lora: Lora | None = None,
 ) -> dict[str, int]:
     """Return what two steps take by :mod:`ars_kit.footprint`."""
+    sequences, length = shape
+    bf16 = device != "cpu"
     return footprint(
         config,
         recipe=recipe,
-        work=Work(sequences=shape[0], length=shape[1], bf16=device != "cpu", device=device),
+        work=Work(sequences=sequences, length=length, bf16=bf16, device=device, lora=lora),
         make=lambda groups: make_base(
             host, under_recipe(host, Settings().optimizer, recipe), groups
         ),
@@ -53,17 +64,22 @@ def foresee(
 
 
 def measure(
-    config: PretrainedConfig, recipe: Recipe, shape: tuple[int, int], device: str, host: Host
+    config: PretrainedConfig,
+    recipe: Recipe,
+    shape: tuple[int, int],
+    device: str,
+    host: Host,
+    lora: Lora | None = None,
 ) -> int:
     """Return the peak of two real steps: torch's allocator on a GPU, live bytes on the CPU."""
     place = torch.device(device)
     if place.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(place)
-        _steps(config, recipe, shape, place, host)
+        _steps(config, recipe, shape, place, host, lora)
         return int(torch.cuda.max_memory_allocated(place))
     with LiveBytes() as live:
-        _steps(config, recipe, shape, place, host)
+        _steps(config, recipe, shape, place, host, lora)
     return live.peak
 
 
@@ -73,10 +89,13 @@ def _steps(
     shape: tuple[int, int],
     device: torch.device,
     host: Host,
+    lora: Lora | None,
 ) -> None:
     with device:  # random weights of 7B parameters would not fit many a host twice
         model = build(config, seed=0)
     prepare(model, recipe)
+    if lora is not None:
+        Adapters(model, lora)
     model.train()
     groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
     optimizer = make_base(host, under_recipe(host, Settings().optimizer, recipe), groups)
@@ -111,22 +130,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--large", action="store_true", help="also measure the 7B model")
+    parser.add_argument("--trainable", default="all", help="all, or lora:r=16")
     options = parser.parse_args()
+    lora = parse_trainable(parse_choice(options.trainable))
     host, rows, begin = Host.installed(), [], time.perf_counter()
     for layers, width, length in SMALL:
         sizes = {"hidden_size": width, "num_attention_heads": width // 16,
                  "num_key_value_heads": width // 16, "head_dim": 16}  # fmt: skip
         config = embedded_config(layers, vocab_size=2000, context=length, sizes=sizes)
         for name, recipe in RECIPES.items():
-            facts = foresee(config, recipe, (2, length), options.device, host)
-            peak = measure(config, recipe, (2, length), options.device, host)
+            facts = foresee(config, recipe, (2, length), options.device, host, lora)
+            peak = measure(config, recipe, (2, length), options.device, host, lora)
             label = f"{layers} layers, width {width}"
             rows.append(row(label, config, (2, length), recipe=name, measured=peak, **facts))
             print(rows[-1])
     large = Qwen2Config(**LARGE)
     for name, recipe in RECIPES.items():
-        facts = foresee(large, recipe, (1, 2048), "cuda", host)
-        peak = measure(large, recipe, (1, 2048), options.device, host) if options.large else None
+        shape = (1, 2048)
+        facts = foresee(large, recipe, shape, "cuda", host, lora)
+        peak = measure(large, recipe, shape, options.device, host, lora) if options.large else None
         rows.append(row("Qwen2.5-7B", large, (1, 2048), recipe=name, measured=peak, **facts))
         print(rows[-1])
     result = {
@@ -136,6 +158,7 @@ def main() -> None:
             "transformers": __version__,
             "device": device_name(torch.device(options.device)),
         },
+        "trainable": options.trainable,
         "seconds": round(time.perf_counter() - begin, 1),
         "rows": rows,
     }
