@@ -32,7 +32,19 @@ WORDS = (
     "grows",
 )
 
+LONG = (
+    "test_package.py", "test_docs.py", "test_ranks.py", "test_benchmarks.py",
+    "test_serving_fuzz.py", "test_memory.py", "test_speed_benchmarks.py", "test_strategy_ranks.py",
+    "test_damping_ranks.py", "test_serving_load.py",
+)  # fmt: skip
+"""Files of a minute or more: they go first, or the last of them would run beside nothing."""
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 def make_text(documents: int, seed: int = 0) -> list[str]:

@@ -76,8 +76,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     venv.create(home / "env", with_pip=False, symlinks=True)
     scripts = home / "env" / ("Scripts" if os.name == "nt" else "bin")
     pip(
-        "--python", str(scripts / "python"), "install", "--quiet", "--constraint",
-        str(ROOT / "constraints.txt"), str(wheel), *examples, "pytest",
+        "--python", str(scripts / "python"), "install", "--quiet", "--no-compile",
+        "--constraint", str(ROOT / "constraints.txt"), str(wheel), *examples, "pytest",
     )  # fmt: skip
     mine = ("ARSKIT_", "PYTHON", "VIRTUAL_ENV", "COVERAGE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
