@@ -217,6 +217,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "detector": measured.detector,
     "memory-fits": measured.memory_fits,
     "memory-measured": measured.memory_measured,
+    "packing": measured.packing,
     "evaluation-speed": measured.evaluation_speed,
     "evaluation-prompt": measured.evaluation_prompt,
     "inheritance-conditions": measured.inheritance_conditions,

@@ -212,6 +212,27 @@ def memory_measured(name: str) -> str:
     return f"{_table(heads, rows)}\n\n{where}"
 
 
+def packing(_: str) -> str:
+    """Return what keeping documents apart costs, by length of a sequence."""
+    tree = _read("packing")
+    rows = [
+        [
+            f"{r['length']:,}",
+            f"{r['plain']:.3f}",
+            f"{r['apart']:.3f}",
+            f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})",
+        ]
+        for r in tree["rows"]
+    ]
+    heads = ["tokens of a sequence", "together, s", "apart, s", "ratio"]
+    where = ", ".join(f"{k} {v}" for k, v in tree["environment"].items())
+    return (
+        f"{_table(heads, rows)}\n\nMedian (quartiles) of forward and backward over "
+        f"{tree['tokens']:,} tokens, documents of {tree['document']}, a model of six layers and "
+        f"{tree['rows'][0]['parameters']:,} parameters, one thread; {where}."
+    )
+
+
 def evaluation_speed(_: str) -> str:
     """Return how much faster the evaluator is than the loop."""
     tree = _read("evaluation")

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Cli
@@ -298,9 +299,10 @@ def test_the_skip_gate_waits_for_nothing(*, norm: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_a_step_of_a_run_waits_for_nothing(
-    text_folder: Path, tmp_path: Path, *, compiling: bool
+    text_folder: Path, tmp_path: Path, *, compiling: bool, apart: bool
 ) -> None:
     """The training loop itself, with a model of transformers and the data on the host."""
     from accelerate import Accelerator
@@ -315,7 +317,8 @@ def test_a_step_of_a_run_waits_for_nothing(
     from ars_kit.tokens import Batches
     from ars_kit.train import Stop, Trainee, remember_peaks, train_step
 
-    flags = {"family.members": "d4", "train.device": "cuda", "train.accumulation": 2}
+    flags = {"family.members": "d4", "train.device": "cuda", "train.accumulation": 2,
+             "data.document_mask": apart}  # fmt: skip
     host, settings = Host.installed(), resolve(flags, {}, None)
     member = plan_run(settings, host).members[0]
     model = build(member.config, seed=0).cuda()
@@ -325,7 +328,9 @@ def test_a_step_of_a_run_waits_for_nothing(
     stream = torch.randint(0, 300, (20_000,)).numpy().astype("uint16")
     job = Trainee(
         plan=member, settings=settings, model=model, optimizer=optimizer,
-        batches=Batches(stream, sequence_length=128, batch_size=16, seed=0),
+        batches=Batches(
+            stream, sequence_length=128, batch_size=16, seed=0, ends=np.arange(97, 20_000, 97)
+        ),
         accelerator=Accelerator(), folder=RunFolder(tmp_path), stop=Stop(), warmup=5,
         watcher=None,  # type: ignore[arg-type]
     )  # fmt: skip
