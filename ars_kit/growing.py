@@ -26,9 +26,9 @@ from ars_kit.inherit import inherited_share
 from ars_kit.models import TOKENIZER_FILES, count_parameters, load_base_config
 from ars_kit.outcome import FROZEN
 from ars_kit.plan import member_config
+from ars_kit.resolving import resolve
 from ars_kit.roster import Member, parse_depths, parse_roster
 from ars_kit.schema import Choice
-from ars_kit.settings import resolve
 from ars_kit.shapes import grown_config
 from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed, like
 from ars_kit.stored import fresh_weights, save_weights, stored_weights, streamed_model

@@ -10,8 +10,9 @@ from typing import Any
 from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.history import last_row
+from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
-from ars_kit.settings import Settings, resolve
+from ars_kit.settings import Settings
 from ars_kit.store import RunFolder, control_folder
 
 FROZEN = "run.toml"

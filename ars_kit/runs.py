@@ -19,9 +19,10 @@ from ars_kit.plan import RunPlan, parse_source, require_batch
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
+from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
 from ars_kit.rules import Aim, Rule
-from ars_kit.settings import Settings, differences, resolve, to_toml
+from ars_kit.settings import Settings, differences, to_toml
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, control_folder

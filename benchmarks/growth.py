@@ -36,9 +36,10 @@ from ars_kit.models import build
 from ars_kit.outcome import status
 from ars_kit.plan import plan_run
 from ars_kit.reporting import write_report
+from ars_kit.resolving import resolve
 from ars_kit.runs import execute
 from ars_kit.schema import Choice
-from ars_kit.settings import resolve, to_toml
+from ars_kit.settings import to_toml
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
 from ars_kit.store import RunFolder

@@ -35,8 +35,8 @@ from ars_kit.measure import Meter
 from ars_kit.models import build, parameter_groups, weights_of
 from ars_kit.optim import build_optimizer
 from ars_kit.plan import RunPlan, plan_run
+from ars_kit.resolving import resolve
 from ars_kit.schedule import lr_factor
-from ars_kit.settings import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
 from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step

@@ -39,7 +39,7 @@ from ars_kit.models import build, flops_per_token, weights_of
 from ars_kit.optim import build_optimizer
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.ranks import make_accelerator, wrapped
-from ars_kit.settings import resolve
+from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
 from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step

@@ -19,17 +19,10 @@ import measured
 
 from ars_kit import errors, spec
 from ars_kit.cli import cli
+from ars_kit.resolving import ADAPTED, PRETRAINED
 from ars_kit.roster import parse_depths
 from ars_kit.schema import _argument_docs, describe
-from ars_kit.settings import (
-    ADAPTED,
-    PRETRAINED,
-    SECTIONS,
-    Settings,
-    field_docs,
-    keys,
-    spelled,
-)
+from ars_kit.settings import SECTIONS, Settings, field_docs, keys, spelled
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+)(?: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)

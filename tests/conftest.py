@@ -136,8 +136,8 @@ def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folde
     from ars_kit.host import Host
     from ars_kit.plan import plan_run
     from ars_kit.reporting import write_report
+    from ars_kit.resolving import resolve
     from ars_kit.runs import execute, train_control
-    from ars_kit.settings import resolve
 
     out, host = tmp_path_factory.mktemp("controlled") / "run", Host.installed()
     flags = {

@@ -24,8 +24,9 @@ from ars_kit.kinship import lineage_facts
 from ars_kit.outcome import frozen_settings, status
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.records import RunRecord, read_run
+from ars_kit.resolving import resolve
 from ars_kit.runs import execute
-from ars_kit.settings import Settings, resolve
+from ars_kit.settings import Settings
 from ars_kit.store import RunFolder, verify
 
 

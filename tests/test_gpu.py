@@ -312,7 +312,7 @@ def test_a_step_of_a_run_waits_for_nothing(
     from ars_kit.models import build, parameter_groups
     from ars_kit.optim import build_optimizer
     from ars_kit.plan import plan_run
-    from ars_kit.settings import resolve
+    from ars_kit.resolving import resolve
     from ars_kit.store import RunFolder
     from ars_kit.tokens import Batches
     from ars_kit.train import Stop, Trainee, remember_peaks, train_step

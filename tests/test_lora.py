@@ -30,9 +30,9 @@ from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
 from ars_kit.models import build, parameter_groups, trained_weights, weights_of
 from ars_kit.optim import make_base, under_recipe
 from ars_kit.plan import RunPlan, plan_run
+from ars_kit.resolving import resolve
 from ars_kit.runs import execute
 from ars_kit.schema import parse_choice
-from ars_kit.settings import resolve
 from ars_kit.store import RunFolder
 
 SIZES: dict[str, Any] = {

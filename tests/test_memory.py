@@ -21,7 +21,7 @@ from ars_kit.host import Host
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
 from ars_kit.models import build
 from ars_kit.plan import RunPlan, plan_run
-from ars_kit.settings import resolve
+from ars_kit.resolving import resolve
 from ars_kit.state import pack, unpack
 from ars_kit.store import RunFolder
 

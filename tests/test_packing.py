@@ -27,8 +27,8 @@ from ars_kit.memory import prepare as prepare_model
 from ars_kit.models import build
 from ars_kit.packing import forward, keeps_apart
 from ars_kit.plan import RunPlan, parse_source, plan_run
+from ars_kit.resolving import resolve
 from ars_kit.runs import execute, open_corpus
-from ars_kit.settings import resolve
 from ars_kit.source import NamedSource
 from ars_kit.tokens import Batches, Pretrained, Replayed, positions_in
 

@@ -12,8 +12,8 @@ from ars_kit.comparison import Comparison, compare_runs
 from ars_kit.errors import ConfigError
 from ars_kit.reach import Spent, family_points, first_at, points
 from ars_kit.records import MemberRecord, RunRecord
+from ars_kit.resolving import resolve
 from ars_kit.scenarios import scenarios
-from ars_kit.settings import resolve
 from ars_kit.spread import Spread
 from ars_kit.summary import summary
 from ars_kit.verdicts import checks

@@ -25,7 +25,8 @@ from ars_kit.errors import DivergedError, Preempted
 from ars_kit.history import read_history
 from ars_kit.instability import Instability, Watch
 from ars_kit.recovery import Recovery
-from ars_kit.settings import differences, resolve
+from ars_kit.resolving import resolve
+from ars_kit.settings import differences
 from ars_kit.store import RunFolder
 from ars_kit.train import Stop, Trainee, train_member
 from ars_kit_plugins.gating import Guard

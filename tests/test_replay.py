@@ -19,9 +19,9 @@ from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError, ConfigError
 from ars_kit.host import Host
 from ars_kit.plan import plan_run
+from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
 from ars_kit.runs import open_texts
-from ars_kit.settings import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches, Replayed
 

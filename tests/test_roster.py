@@ -9,8 +9,9 @@ import pytest
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.plan import plan_run
+from ars_kit.resolving import resolve
 from ars_kit.roster import Member, parse_roster, read_roster
-from ars_kit.settings import resolve, to_toml
+from ars_kit.settings import to_toml
 
 TEXT = """
 [[member]]

@@ -503,7 +503,7 @@ def test_two_processes_train_as_one(
 def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
     from ars_kit.errors import ConfigError
     from ars_kit.ranks import require_equal_parts
-    from ars_kit.settings import resolve
+    from ars_kit.resolving import resolve
 
     settings = resolve({"train.batch_size": 6, "train.accumulation": 2}, {})
     require_equal_parts(settings, 3)

@@ -6,9 +6,10 @@ from typing import Literal
 import pytest
 
 from ars_kit.errors import ConfigError
+from ars_kit.resolving import resolve
 from ars_kit.roster import parse_depths
 from ars_kit.schema import Choice, bind, coerce, parse_choice, signature_of
-from ars_kit.settings import differences, keys, resolve, to_toml
+from ars_kit.settings import differences, keys, to_toml
 
 
 def test_choice_round_trips() -> None:

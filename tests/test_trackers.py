@@ -19,9 +19,9 @@ from ars_kit.host import Host, Plugin
 from ars_kit.outcome import frozen_settings
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.records import read_run
+from ars_kit.resolving import resolve
 from ars_kit.runs import execute
 from ars_kit.schema import Choice, parse_choice
-from ars_kit.settings import resolve
 from ars_kit.spec import Offer, TrackedRun, hookimpl
 from ars_kit.tracking import name_of, told
 

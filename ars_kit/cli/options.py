@@ -172,7 +172,7 @@ def cache_folder() -> Path:
 
 def settings_from(options: Mapping[str, Any]) -> Settings:
     """Resolve the options of :func:`run_options`, the environment and the settings file."""
-    from ars_kit.settings import resolve
+    from ars_kit.resolving import resolve
 
     return resolve(_flags(options), os.environ, options["file"])
 
