@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from ars_kit.data import Corpus
     from ars_kit.host import Host
-    from ars_kit.plan import MemberPlan, RunPlan
+    from ars_kit.members import MemberPlan
+    from ars_kit.plan import RunPlan
     from ars_kit.store import RunFolder
 
 EXACT = 1e-4

@@ -18,8 +18,9 @@ from typing import Any
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.lora import WHOLE
+from ars_kit.members import MemberPlan
 from ars_kit.optim import GUARD, PER_MEMBER
-from ars_kit.plan import MemberPlan, RunPlan, plan_run
+from ars_kit.plan import RunPlan, plan_run
 from ars_kit.roster import parse_roster
 from ars_kit.schema import Choice
 from ars_kit.settings import Settings

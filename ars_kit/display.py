@@ -15,7 +15,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ars_kit.measure import Meter
-    from ars_kit.plan import MemberPlan, RunPlan
+    from ars_kit.members import MemberPlan
+    from ars_kit.plan import RunPlan
 
 HEADINGS = ("member", "parent", "step", "loss", "held-out", "damping", "tokens/s", "left", "cost $")
 SPARE = ("parent", "tokens/s", "damping", "cost $", "held-out", "left")

@@ -54,7 +54,8 @@ from ars_kit.watching import FamilyWatcher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ars_kit.plan import MemberPlan, RunPlan
+    from ars_kit.members import MemberPlan
+    from ars_kit.plan import RunPlan
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from ars_kit.settings import to_toml
 
 if TYPE_CHECKING:
     from ars_kit.births import Cradle, Newborn
-    from ars_kit.plan import MemberPlan
+    from ars_kit.members import MemberPlan
     from ars_kit.settings import Settings
     from ars_kit.spec import Assessment, Blend
     from ars_kit.train import Trainee

@@ -21,7 +21,8 @@ from ars_kit.store import RunFolder
 
 if TYPE_CHECKING:
     from ars_kit.host import Host
-    from ars_kit.plan import MemberPlan, RunPlan
+    from ars_kit.members import MemberPlan
+    from ars_kit.plan import RunPlan
 
 PLENTY = 0.25
 """A run whose memory by a rough formula is within this share of the device's is not tried."""

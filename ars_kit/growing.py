@@ -23,9 +23,9 @@ from ars_kit.durable import commit_directory, disk_errors, make_directory
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host
 from ars_kit.inherit import inherited_share
+from ars_kit.members import member_config
 from ars_kit.models import TOKENIZER_FILES, count_parameters, load_base_config
 from ars_kit.outcome import FROZEN
-from ars_kit.plan import member_config
 from ars_kit.resolving import resolve
 from ars_kit.roster import Member, parse_depths, parse_roster
 from ars_kit.schema import Choice

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ars_kit.curve import Curve
     from ars_kit.damping import DampedOptimizer
     from ars_kit.instability import Instability
-    from ars_kit.plan import MemberPlan
+    from ars_kit.members import MemberPlan
     from ars_kit.settings import Settings
     from ars_kit.store import RunFolder
     from ars_kit.tokens import Batches
