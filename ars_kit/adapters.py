@@ -243,6 +243,7 @@ def _tuner(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
         config = LoraConfig(
             r=lora.r,
             lora_alpha=alpha,
+            fan_in_fan_out=all(isinstance(model.get_submodule(n), Conv1D) for n in targets),
             lora_dropout=lora.dropout,
             target_modules=targets,
         )

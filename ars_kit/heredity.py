@@ -189,7 +189,8 @@ class Lesson:
         targets: the tokens to be predicted, same shape.
         logits: of the member in training, shape (sequences, length, vocabulary), with their graph.
         loss: 0-d; mean cross-entropy of this micro-batch in nats per token, with its graph.
-        weights: the member's live parameters by Hugging Face name.
+        weights: the member's live parameters by Hugging Face name; beside adapters what they would
+            be merged to, made when asked for.
         teacher: where the descent says ``taught``: the parent's logits for ``inputs``, without a
             graph. Run and counted by the host.
     """
