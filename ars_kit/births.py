@@ -258,7 +258,7 @@ def _parent(cradle: Cradle, member: MemberPlan) -> tuple[Parent, PreTrainedModel
     model = load_member(folder.open_member(name))
     metrics = read_metrics(folder, name)
     stable = member.phase == "stable"
-    state = folder.load_state(branch_of(name) if stable else name)
+    state = folder.states(branch_of(name) if stable else name).load()
     tokens, flops = metrics["lineage_tokens"], metrics["lineage_flops"]
     if stable:
         if state is None:

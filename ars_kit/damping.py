@@ -202,6 +202,11 @@ class DampedOptimizer(Optimizer):
         if begin is not None and memory.loss is not None:
             memory.arriving, memory.loss = begin(memory.loss), None
 
+    def forget(self) -> None:
+        """Forget the gradients and the loss of a step that is to be begun anew."""
+        self._memory.loss = self._memory.arriving = None
+        self.zero_grad()
+
     # Gates keep a history in Python: compiled, each step would be a program of its own. This is
     # torch.compiler.disable without importing the compiler.
     @_disable_dynamo

@@ -119,7 +119,7 @@ class Display:
         self._update()
 
     def aside(self, line: str) -> None:
-        """Hear that a tracker was put aside, and why."""
+        """Hear of something that is done otherwise than it was asked for, and why."""
         self._say(line)
 
     def finished(self, metrics: Mapping[str, Any]) -> None:

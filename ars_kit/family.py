@@ -38,7 +38,8 @@ from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.sharding import gathered, is_sharded
 from ars_kit.spec import Assessment, Finishing, Seed
-from ars_kit.store import HISTORY, RunFolder
+from ars_kit.states import HISTORY
+from ars_kit.store import RunFolder
 from ars_kit.teaching import Teaching, hinted
 from ars_kit.tokens import Batches, Replayed
 from ars_kit.train import (
@@ -109,8 +110,8 @@ def _forget(family: Family) -> None:
     for member in members:
         family_of = [member.name, *(m.name for m in members if m.parent == member.name)]
         if all(map(folder.holds, family_of)):
-            folder.drop_state(member.name)
-            folder.drop_state(branch_of(member.name))
+            folder.states(member.name).drop()
+            folder.states(branch_of(member.name)).drop()
 
 
 def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
@@ -171,6 +172,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         branch=member.branch,
         curve=Curve.of(settings, family.corpus, member.flops / member.tokens),
         loss=_loss(family, member.name, born),
+        accumulation=_parents_accumulation(family, member),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
@@ -186,6 +188,14 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # or it would hold on to every member's model
     return read_metrics(family.folder, member.name)
+
+
+def _parents_accumulation(family: Family, member: MemberPlan) -> int:
+    """Return how finely a member's parent had to read its batches: an heir is no smaller."""
+    parent = member.parent
+    if parent is None or not family.folder.holds(parent):
+        return 0
+    return int(read_metrics(family.folder, parent).get("accumulation", 0))
 
 
 def _adapted(

@@ -72,6 +72,7 @@ def member_metrics(
         "peak_rss": meter.peak_rss,
         "skipped_steps": summary["skipped"],
         "rollbacks": job.recovery.events,
+        "accumulation": job.accumulation,
         "gates": summary["gates"],
         "cost": meter.seconds / 3600 * settings.run.price_per_hour,
         "price_per_hour": settings.run.price_per_hour,

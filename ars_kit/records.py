@@ -15,7 +15,8 @@ from ars_kit.lineage import Entry
 from ars_kit.outcome import frozen_settings, read_metrics
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings
-from ars_kit.store import BEST, CONTROLS, CURVE, HISTORY, RunFolder
+from ars_kit.states import CURVE, HISTORY
+from ars_kit.store import BEST, CONTROLS, RunFolder
 
 CONTROL_RECORD = "control.json"
 PLAN_RECORD = "plan.json"

@@ -1,4 +1,4 @@
-"""The only room that writes checkpoints: members, their lineage, training states, the lock.
+"""The run folder: members, their lineage, the lock, and what is in training.
 
 Everything is committed as :mod:`ars_kit.durable` describes, so a crash at any moment leaves the old
 state or the new one. Each member's manifest holds the sha256 of its parent's manifest, and
@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,11 @@ from ars_kit.durable import (
     clear_temporaries,
     commit_directory,
     discard,
-    disk_errors,
     make_directory,
-    read_manifest,
     sha256,
-    sync,
     write_atomically,
 )
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
-from ars_kit.history import append_rows, cut_rows
 from ars_kit.lineage import (
     LINEAGE,
     PRIVATE,
@@ -45,10 +41,9 @@ from ars_kit.lineage import (
 )
 from ars_kit.lock import exclusive
 from ars_kit.schema import did_you_mean
+from ars_kit.states import CURVE, HISTORY, States
 
 BEST = "best.json"
-HISTORY = "history.jsonl"
-CURVE = "heldout.jsonl"
 CONTROLS = "controls"
 TRACKERS = "trackers"
 WRITTEN = ("report.md", "report.html", "control.json", TRACKERS)
@@ -234,106 +229,11 @@ class RunFolder:
     def _manifest(self, name: str) -> Path:
         return self.path / name / MANIFEST
 
-    # --- training states ---
+    # --- what is in training ---
 
-    def save_state(self, member: str, tree: Any, *, step: int, keep: Collection[int] = ()) -> None:
-        """Commit a training state, then remove the older ones.
-
-        The history appended so far is made durable first: a state never outlives its history.
-
-        Args:
-            member: whose state it is.
-            tree: what :func:`ars_kit.state.pack` takes.
-            step: optimizer steps done.
-            keep: steps whose newest states stay.
-
-        Raises:
-            TypeError: ``tree`` holds what cannot be saved without pickle, named by its path.
-            ArsKitError: the volume is full or refuses to be written; the old state is whole.
-        """
-        from safetensors.torch import save_file  # noqa: PLC0415 -- torch is slow to import
-
-        from ars_kit.state import pack  # noqa: PLC0415
-
-        tensors, skeleton = pack(tree)
-
-        def files(folder: Path) -> None:
-            save_file(tensors, folder / "state.safetensors")
-            (folder / "state.json").write_text(json.dumps(skeleton), encoding="utf-8")
-
-        home = self._state_home(member)
-        older = self._states(member)
-        name = f"step-{step:08d}"
-        # A step saved twice gets a directory of its own: a directory cannot be replaced atomically.
-        same = [again for done, again in map(_state_order, older) if done == step]
-        if same:
-            name += f".{max(same) + 1}"
-        with disk_errors(home):
-            for record in (home / HISTORY, home / CURVE):
-                if record.exists():
-                    sync(record)
-        commit_directory(home / name, files, {"member": member, "step": step}, scratch=self.private)
-        newest = {done: path for path in older if (done := _state_order(path)[0]) in keep}
-        newest.pop(step, None)
-        for path in older:
-            if path not in newest.values():
-                discard(path, scratch=self.private)
-
-    def load_state(self, member: str, *, step: int | None = None) -> tuple[int, Any] | None:
-        """Return the newest training state and its step, or None.
-
-        Args:
-            member: whose.
-            step: the newest of those after so many steps.
-
-        Raises:
-            IntegrityError: it is damaged; an older one is never taken instead.
-        """
-        from safetensors.torch import load_file  # noqa: PLC0415 -- torch is slow to import
-
-        from ars_kit.state import unpack  # noqa: PLC0415
-
-        states = self._states(member)
-        if step is not None:
-            states = [path for path in states if _state_order(path)[0] == step]
-        if not states:
-            return None
-        newest = states[-1]
-        problems = check_directory(newest)
-        header: dict[str, Any] = {"member": member, "step": _state_order(newest)[0]}
-        if not problems and not header.items() <= read_manifest(newest).items():
-            problems = [f"{MANIFEST} is not that of {newest.name}"]
-        if problems:
-            raise IntegrityError(
-                f"the training state of {member} is damaged: {problems[0]}. Remove "
-                f"{self._state_home(member)} to train {member} again from its birth"
-            )
-        skeleton = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(newest / "state.safetensors")
-        return header["step"], unpack(tensors, skeleton)
-
-    def drop_state(self, member: str) -> None:
-        """Remove a member's training states and working history, all at once."""
-        discard(self._state_home(member), scratch=self.private)
-
-    def saved_steps(self, member: str) -> list[int]:
-        """Return the steps after which there are training states, in order."""
-        return sorted({_state_order(path)[0] for path in self._states(member)})
-
-    def return_to(self, member: str, step: int) -> None:
-        """Make the state after ``step`` steps the newest: remove the later ones, newest first."""
-        for path in reversed(self._states(member)):
-            if _state_order(path)[0] > step:
-                discard(path, scratch=self.private)
-
-    def _state_home(self, member: str) -> Path:
-        if not is_name(member):  # a path here would be somebody else's directory
-            raise ValueError(f"{member!r} is no member's name")
-        return self.private / "state" / member
-
-    def _states(self, member: str) -> list[Path]:
-        """Return a member's committed training states, oldest first."""
-        return sorted(self._state_home(member).glob("step-*"), key=_state_order)
+    def states(self, member: str) -> States:
+        """Return what a member leaves here while it trains."""
+        return States(self.private, member)
 
     def history_path(self, member: str) -> Path:
         """Return where a member's history lies while it trains, or after."""
@@ -345,30 +245,7 @@ class RunFolder:
 
     def _record_path(self, member: str, name: str) -> Path:
         kept = self.path / member / name
-        return kept if kept.exists() else self._state_home(member) / name
-
-    def append_history(
-        self, member: str, rows: list[dict[str, Any]], *, name: str = HISTORY
-    ) -> None:
-        """Append rows to a training member's history; the next training state makes them durable.
-
-        Args:
-            member: whose history it is.
-            rows: JSON-ready, each with its ``step``, in order.
-            name: of the record, history or held-out curve.
-
-        Raises:
-            ArsKitError: the volume is full or refuses to be written.
-        """
-        append_rows(self._state_home(member) / name, rows)
-
-    def cut_history(self, member: str, step: int, *, name: str = HISTORY) -> None:
-        """Drop what a killed run wrote of ``step`` and later, a torn last line included.
-
-        Raises:
-            IntegrityError: a line is not what was written.
-        """
-        cut_rows(self._state_home(member) / name, step, scratch=self.private)
+        return kept if kept.exists() else self.states(member).home / name
 
     # --- the folder itself ---
 
@@ -416,12 +293,6 @@ def free_bytes(path: Path) -> int:
     """Return the free space of the volume that ``path`` is on, or will be."""
     standing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(standing).free
-
-
-def _state_order(path: Path) -> tuple[int, int]:
-    """Return the step of a training state, and how many times that step was saved before."""
-    step, _, again = path.name.removeprefix("step-").partition(".")
-    return int(step), int(again or 0)
 
 
 def locate(name: str, out: Path) -> Path:

@@ -63,7 +63,7 @@ class Tracked:
             at += member.steps
         self._told = {m.name for m in plan.members if folder.holds(m.name)}
         member = next(m for m in plan.members if m.name not in self._told)
-        self._start = self._first[member.name] + max(folder.saved_steps(member.name), default=0)
+        self._start = self._first[member.name] + max(folder.states(member.name).steps(), default=0)
         self._at = self._start
 
     def begin(self, choice: Choice) -> None:
@@ -116,7 +116,7 @@ class Tracked:
             self._log({f"member/{k}": v for k, v in metrics.items()}, self._at)
 
     def aside(self, line: str) -> None:
-        """Hand on that a tracker was put aside."""
+        """Hand on what is done otherwise than it was asked for."""
         self.watcher.aside(line)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:

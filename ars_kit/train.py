@@ -27,7 +27,7 @@ from ars_kit.recovery import Recovery
 from ars_kit.schedule import lr_factor
 from ars_kit.sharding import all_finite, dealt_state, dealt_weights, gathered, is_sharded
 from ars_kit.state import pack
-from ars_kit.store import CURVE
+from ars_kit.states import CURVE
 from ars_kit.teaching import Teaching, follow_hints
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Trainee:
         curve: when the held-out text is judged along the way; None for never.
         loss: of the wrapped model on a window and positions in it: logits, or None, and the mean
             cross-entropy.
+        accumulation: micro-batches of a step: more than the run's once memory ran out.
     """
 
     plan: MemberPlan
@@ -101,11 +102,17 @@ class Trainee:
     meter: Meter = field(default_factory=Meter)
     bad_in_a_row: int = 0
     saved: int = 0  # steps after which the newest training state was kept
+    accumulation: int = 0
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        parts, device = self.settings.train.accumulation, self.accelerator.device
-        self.feed = Feed(self.batches, parts, device, apart=self.settings.data.document_mask)
+        self.split(max(self.accumulation, self.settings.train.accumulation))
+
+    def split(self, parts: int) -> None:
+        """Have each step read its batch in so many micro-batches."""
+        device, apart = self.accelerator.device, self.settings.data.document_mask
+        self.accumulation = parts
+        self.feed = Feed(self.batches, parts, device, apart=apart)
 
 
 def train_member(job: Trainee) -> None:
@@ -159,9 +166,7 @@ def _train_from(job: Trainee, done: int) -> None:
 
 def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     """Do one optimizer step. Nothing in here waits for the device."""
-    train, accelerator = job.settings.train, job.accelerator
-    # Random draws (dropout) are a function of the step, so that resuming replays none of them.
-    torch.manual_seed((job.settings.family.seed * 1_000_003 + job.plan.start + step) % 2**63)
+    train = job.settings.train
     factor = lr_factor(
         step,
         steps=job.plan.steps,
@@ -173,17 +178,8 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     set_rates(job.optimizer, factor)
     follow_hints(job.optimizer, step)
     place = step + job.recovery.passed_over
-    for micro, (window, positions) in enumerate(job.feed.take(place), start=1):
-        last = micro == train.accumulation
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            logits, loss = job.loss(wrapped, window, positions)
-            objective, flops = job.teaching.objective(step, window, logits, loss, positions)
-            # The gates and the history see the cross-entropy, whatever else is minimised.
-            job.optimizer.observe(loss / train.accumulation)
-            if last:
-                job.optimizer.send()
-            accelerator.backward(objective / train.accumulation)
-        job.meter.loss_flops += flops * accelerator.num_processes
+    while not _fits(job, wrapped, step, place):
+        halve(job, step)
     job.optimizer.step()
     job.optimizer.zero_grad()
     job.feed.prepare(place + 1)
@@ -192,6 +188,65 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         job.meter.loss_flops += job.teaching.after(step)
         job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
+
+
+def _fits(job: Trainee, wrapped: Any, step: int, place: int) -> bool:
+    """Leave a step's gradients, or nothing where they need more memory than the device has.
+
+    Raises:
+        torch.OutOfMemoryError: they do, and the batch cannot be read in smaller parts.
+    """
+    accelerator, parts, spent = job.accelerator, job.accumulation, 0.0
+    # Random draws (dropout) are a function of the step, so that resuming replays none of them.
+    torch.manual_seed((job.settings.family.seed * 1_000_003 + job.plan.start + step) % 2**63)
+    try:
+        for micro, (window, positions) in enumerate(job.feed.take(place), start=1):
+            last = micro == parts
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                logits, loss = job.loss(wrapped, window, positions)
+                objective, flops = job.teaching.objective(step, window, logits, loss, positions)
+                # The gates and the history see the cross-entropy, whatever else is minimised.
+                job.optimizer.observe(loss / parts)
+                if last:
+                    job.optimizer.send()
+                accelerator.backward(objective / parts)
+            spent += flops * accelerator.num_processes
+    except torch.OutOfMemoryError:
+        if finer(job) is None:
+            raise
+        return False  # what the attempt holds is let go with the error
+    job.meter.loss_flops += spent
+    return True
+
+
+def finer(job: Trainee) -> int | None:
+    """Return the micro-batches of the next finer division of a batch; None where there is none.
+
+    Several processes would have to agree on it in the middle of a step: there it is None as well.
+    """
+    if job.accelerator.num_processes > 1:
+        return None
+    sequences = job.settings.train.batch_size // job.accumulation
+    factor = next((n for n in range(2, sequences + 1) if sequences % n == 0), None)
+    return None if factor is None else job.accumulation * factor
+
+
+def halve(job: Trainee, step: int) -> None:
+    """Read batches in smaller parts from this step on, which is begun anew.
+
+    A step has the same sequences as before, and the same mean loss.
+    """
+    parts = finer(job)
+    assert parts is not None  # noqa: S101 -- where there is none the error went on
+    job.optimizer.forget()
+    job.split(parts)
+    if job.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()  # pieces of the larger size are of no use to the smaller one
+    sequences = job.settings.train.batch_size // parts
+    job.watcher.aside(
+        f"{job.plan.name}: {job.accelerator.device} ran out of memory at step {step}; goes on with "
+        f"--accumulation {parts}, {sequences} sequence{'s' * (sequences > 1)} at a time"
+    )
 
 
 def keep(job: Trainee, done: int, *, saving: bool) -> None:
@@ -222,9 +277,9 @@ def judge_heldout(job: Trainee, done: int) -> None:
             "flops": job.plan.flops / job.plan.tokens * job.meter.tokens + job.meter.loss_flops,
         }
         if done == 0:  # a start that was cut short may have left its first point
-            job.folder.cut_history(name, 0, name=CURVE)
+            job.folder.states(name).cut(0, name=CURVE)
         point = spent | judged
-        job.folder.append_history(name, [point], name=CURVE)
+        job.folder.states(name).append([point], name=CURVE)
         job.watcher.judged(name, point)
     job.accelerator.wait_for_everyone()
     job.meter.start(device)
@@ -242,8 +297,8 @@ def what_breaks(job: Trainee, step: int) -> Iterator[None]:
         raise PluginError(f"{error}; {_what_is_kept(job)}") from error
     except torch.OutOfMemoryError as error:
         raise ArsKitError(
-            f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: raise "
-            f"--accumulation, or lower --batch-size or --sequence-length; {_what_is_kept(job)}"
+            f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: lower "
+            f"--batch-size or --sequence-length, or take --memory lean; {_what_is_kept(job)}"
         ) from error
 
 
@@ -270,7 +325,7 @@ def remember_peaks(optimizer: DampedOptimizer) -> None:
 
 def resume(job: Trainee) -> int:
     """Load the newest training state, if there is one; returns the next step."""
-    found = job.folder.load_state(job.plan.name)
+    found = job.folder.states(job.plan.name).load()
     step, tree = found or (0, None)
     job.saved = step
     if tree is not None:
@@ -286,11 +341,12 @@ def resume(job: Trainee) -> int:
         job.meter.load_state_dict(tree["meter"])
         job.bad_in_a_row = tree["bad_in_a_row"]
         job.recovery.load_state_dict(tree["recovery"])
+        job.split(tree.get("accumulation", job.accumulation))
     if job.recovery.watch is not None and job.recovery.anchor is None:
         job.recovery.anchor = step
     if job.accelerator.is_main_process:
-        job.folder.cut_history(job.plan.name, step)
-        job.folder.cut_history(job.plan.name, step + 1, name=CURVE)
+        job.folder.states(job.plan.name).cut(step)
+        job.folder.states(job.plan.name).cut(step + 1, name=CURVE)
     job.accelerator.wait_for_everyone()
     return step
 
@@ -329,9 +385,10 @@ def save(job: Trainee, step: int, *, together: bool = True, name: str | None = N
             "meter": job.meter.state_dict(),
             "bad_in_a_row": job.bad_in_a_row,
             "recovery": job.recovery.state_dict(),
+            "accumulation": job.accumulation,
         }
         try:
-            job.folder.save_state(name or job.plan.name, tree, step=step, keep=keep)
+            job.folder.states(name or job.plan.name).save(tree, step=step, keep=keep)
         except TypeError as error:
             raise PluginError(f"{_culprit(job, tree)}; {_what_is_kept(job)}") from error
     if name is None:
@@ -368,17 +425,17 @@ def go_back(job: Trainee, found: Instability) -> int:
     """
     name, recovery = job.plan.name, job.recovery
     job.meter.pause(job.accelerator.device)
-    step = next(s for s in job.folder.saved_steps(name) if s >= (recovery.anchor or 0))
+    step = next(s for s in job.folder.states(name).steps() if s >= (recovery.anchor or 0))
     again = len(recovery.events) < recovery.most
     if job.accelerator.is_main_process:
-        job.folder.return_to(name, step)
+        job.folder.states(name).return_to(step)
     if again and job.accelerator.is_main_process:
-        _, tree = job.folder.load_state(name, step=step) or (step, {})
+        _, tree = job.folder.states(name).load(step=step) or (step, {})
         recovery.load_state_dict(tree["recovery"])
         event = recovery.undo(found, step)
         # What was undone has cost its time and its tokens all the same.
         tree |= {"recovery": recovery.state_dict(), "meter": job.meter.state_dict()}
-        job.folder.save_state(name, tree, step=step, keep=[step])
+        job.folder.states(name).save(tree, step=step, keep=[step])
         job.watcher.went_back(name, event)
     job.accelerator.wait_for_everyone()
     if not again:
@@ -414,7 +471,7 @@ def log(job: Trainee, done: int) -> None:
         for row in rows:
             if events := job.recovery.events_at(row["step"]):
                 row["went_back"] = events
-        job.folder.append_history(job.plan.name, [_plain(row) for row in rows])
+        job.folder.states(job.plan.name).append([_plain(row) for row in rows])
         job.watcher.steps(job.plan.name, done, rows, job.meter)
 
 

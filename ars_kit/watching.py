@@ -24,6 +24,10 @@ class Watcher(Protocol):
         """Hear of a new point of the held-out curve."""
         ...
 
+    def aside(self, line: str) -> None:
+        """Hear of something that is done otherwise than it was asked for, and why."""
+        ...
+
 
 class FamilyWatcher(Watcher, Protocol):
     """Told what happens to the family."""
@@ -34,8 +38,4 @@ class FamilyWatcher(Watcher, Protocol):
 
     def finished(self, metrics: Mapping[str, Any]) -> None:
         """Hear a committed member's metrics."""
-        ...
-
-    def aside(self, line: str) -> None:
-        """Hear that a tracker was put aside, and why."""
         ...

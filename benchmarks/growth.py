@@ -189,7 +189,7 @@ def history(steps: int, home: Path) -> Point:
         {"step": i, "loss": loss, **gates, "skipped": False, "surprise_z": 0.1}
         for i, loss in enumerate(losses.tolist())
     ]
-    folder.append_history("d2", rows)
+    folder.states("d2").append(rows)
     del rows
     asked = _seconds(lambda: status(home))
     return {

@@ -38,21 +38,21 @@ def train(folder: RunFolder, members: int, steps: int, report: int | None) -> No
             else:
                 train_member(folder, name, parent, steps, report)
             if parent:
-                folder.drop_state(parent)
+                folder.states(parent).drop()
             parent = name
 
 
 def train_member(
     folder: RunFolder, name: str, parent: str | None, steps: int, report: int | None
 ) -> None:
-    step, tree = folder.load_state(name) or (0, {"w": torch.full((2000,), 1.0), "seen": []})
-    folder.cut_history(name, step)
+    step, tree = folder.states(name).load() or (0, {"w": torch.full((2000,), 1.0), "seen": []})
+    folder.states(name).cut(step)
     while step < steps:
         tree = {"w": tree["w"] * 1.01 + step, "seen": [*tree["seen"], step]}
-        folder.append_history(name, [{"step": step, "loss": float(tree["w"][0])}])
+        folder.states(name).append([{"step": step, "loss": float(tree["w"][0])}])
         step += 1
         if step % SAVE_EVERY == 0:
-            folder.save_state(name, tree, step=step)
+            folder.states(name).save(tree, step=step)
             if report is not None:
                 os.write(report, f"{name} {step}\n".encode())
 
@@ -103,7 +103,7 @@ def inspect(folder: RunFolder, reported: str, steps: int) -> None:
     if done > steps:
         assert folder.has(name), f"{name} was committed and is gone"
     elif not folder.has(name):
-        found = folder.load_state(name)
+        found = folder.states(name).load()
         assert (found[0] if found else 0) >= done, f"{name} {done} was saved, {found} is there"
         if found:
             step, tree = found

@@ -345,7 +345,7 @@ def test_a_chain_of_adapters_ends_in_plain_members_however_often_it_stops(
     for member, step in (("d2", 1), ("d3", 1)):
         with pytest.raises(Preempted):
             run(plan, halting, cache, Stopping(member, step))
-    tree = RunFolder(halting).load_state("d3")[1]  # type: ignore[index]
+    tree = RunFolder(halting).states("d3").load()[1]  # type: ignore[index]
     assert all("lora_" in name for name in tree["weights"])
     assert run(plan, halting, cache)[1]["heldout_loss"] == metrics[1]["heldout_loss"]
     before = weights_in(base)

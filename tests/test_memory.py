@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_the_recipe_it_began_with(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.private.mkdir(parents=True)
-    folder.save_state("d5", {"weights": {}}, step=1, keep=[])
+    folder.states("d5").save({"weights": {}}, step=1, keep=[])
     (folder.private / "plan.json").write_text('{"memory": "lean"}')
     assert fitted_plan(looked, host, tmp_path).recipe.name == "lean"
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from conftest import Cli
 
-from ars_kit import durable, store
+from ars_kit import durable, states
 from ars_kit.damping import DampedOptimizer
 from ars_kit.errors import DivergedError, Preempted
 from ars_kit.history import read_history
@@ -249,13 +249,13 @@ def test_a_run_that_looks_on_is_left_to_itself(tmp_path: Path) -> None:
     train_member(job)
     assert job.recovery.events == []
     assert history(tmp_path)[-1]["loss"] > 5
-    assert job.folder.saved_steps("d1") == [STEPS]
+    assert job.folder.states("d1").steps() == [STEPS]
 
 
 def test_it_stops_with_the_state_from_before(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="the state after step 48, from before, is kept"):
         train_member(job_in(tmp_path, settings(on_instability="stop")))
-    step, tree = RunFolder(tmp_path).load_state("d1") or (0, {})
+    step, tree = RunFolder(tmp_path).states("d1").load() or (0, {})
     assert step == 48
     calm = job_in(tmp_path / "calm", settings(), bad=lambda place: False)
     calm.plan.steps = 48  # type: ignore[misc]
@@ -326,8 +326,8 @@ class Moments:
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int | None = None) -> None:
         self.at, self.names = at, []
-        patch.setattr(store, "commit_directory", self.watched(durable.commit_directory))
-        patch.setattr(store, "discard", self.watched(durable.discard))
+        patch.setattr(states, "commit_directory", self.watched(durable.commit_directory))
+        patch.setattr(states, "discard", self.watched(durable.discard))
 
     def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Path, *args: Any, **kwargs: Any) -> None:

@@ -93,8 +93,8 @@ def test_a_state_keeps_tensors_exactly(folder: RunFolder) -> None:
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "floats": [float("inf"), -float("inf"), float("nan"), -0.0, 5e-324],
     }
-    folder.save_state("d1", tree, step=3)
-    step, back = folder.load_state("d1") or (0, None)
+    folder.states("d1").save(tree, step=3)
+    step, back = folder.states("d1").load() or (0, None)
     assert step == 3
     assert [t.dtype for t in back[0]] == list(dtypes)
     for name in ("shared", "odd"):
@@ -120,8 +120,8 @@ def test_a_state_keeps_tensors_exactly(folder: RunFolder) -> None:
     ],
 )
 def test_tensors_with_one_path_are_not_mixed_up(folder: RunFolder, tree: Any) -> None:
-    folder.save_state("d1", tree, step=1)
-    back = (folder.load_state("d1") or (0, None))[1]
+    folder.states("d1").save(tree, step=1)
+    back = (folder.states("d1").load() or (0, None))[1]
     assert repr(back) == repr(tree)
 
 
@@ -142,37 +142,37 @@ class Pair(NamedTuple):
 def test_what_needs_pickle_is_refused_by_its_path(
     folder: RunFolder, tree: Any, message: str
 ) -> None:
-    folder.save_state("d1", {"v": 1}, step=1)
+    folder.states("d1").save({"v": 1}, step=1)
     with pytest.raises(TypeError, match=message):
-        folder.save_state("d1", tree, step=2)
-    assert folder.load_state("d1") == (1, {"v": 1})
+        folder.states("d1").save(tree, step=2)
+    assert folder.states("d1").load() == (1, {"v": 1})
 
 
 # --- training states and history ---
 
 
 def test_only_the_newest_state_stays(folder: RunFolder) -> None:
-    assert folder.load_state("d1") is None
+    assert folder.states("d1").load() is None
     for step, value in ((8, 1), (9, 2), (9, 3), (9, 4), (10, 5), (123_456_789, 6)):
-        folder.save_state("d1", {"v": value}, step=step)
-        assert folder.load_state("d1") == (step, {"v": value})
+        folder.states("d1").save({"v": value}, step=step)
+        assert folder.states("d1").load() == (step, {"v": value})
         assert len(list((folder.private / "state" / "d1").glob("step-*"))) == 1
-    folder.drop_state("d1")
-    folder.drop_state("d1")
-    assert folder.load_state("d1") is None
+    folder.states("d1").drop()
+    folder.states("d1").drop()
+    assert folder.states("d1").load() is None
 
 
 def test_a_state_stays_in_its_folder(folder: RunFolder, tmp_path: Path) -> None:
     """A base's path is no member's name; dropping its state must not drop the base."""
     for name in (str(tmp_path), "../../x", ""):
         with pytest.raises(ValueError, match="is no member's name"):
-            folder.drop_state(name)
+            folder.states(name).drop()
 
 
 def test_states_saved_again_are_ordered_by_number(folder: RunFolder) -> None:
     """Left side by side by kills, 9.10 is newer than 9.9."""
     for again in range(12):
-        folder.save_state("d1", {"v": again}, step=9)
+        folder.states("d1").save({"v": again}, step=9)
         home = folder.private / "state" / "d1"
         kept = home.parent / f"kept-{again}"
         shutil.copytree(next(home.glob("step-*")), kept)
@@ -180,56 +180,56 @@ def test_states_saved_again_are_ordered_by_number(folder: RunFolder) -> None:
         name = f"step-{9:08d}" + (f".{again}" if again else "")
         shutil.rmtree(home / name, ignore_errors=True)
         (home.parent / f"kept-{again}").rename(home / name)
-    assert folder.load_state("d1") == (9, {"v": 11})
-    folder.save_state("d1", {"v": 12}, step=9)
+    assert folder.states("d1").load() == (9, {"v": 11})
+    folder.states("d1").save({"v": 12}, step=9)
     assert [p.name for p in home.glob("step-*")] == ["step-00000009.12"]
 
 
 def test_states_that_are_asked_for_stay_beside_the_newest(folder: RunFolder) -> None:
     for step in (10, 20, 30):
-        folder.save_state("d1", {"v": step}, step=step, keep=[10])
-    assert folder.saved_steps("d1") == [10, 30]
-    folder.save_state("d1", {"v": 40}, step=40, keep=[10, 30])
-    assert folder.saved_steps("d1") == [10, 30, 40]
-    assert folder.load_state("d1") == (40, {"v": 40})
-    assert folder.load_state("d1", step=10) == (10, {"v": 10})
-    assert folder.load_state("d1", step=20) is None
-    folder.save_state("d1", {"v": 50}, step=50)
-    assert folder.saved_steps("d1") == [50]
+        folder.states("d1").save({"v": step}, step=step, keep=[10])
+    assert folder.states("d1").steps() == [10, 30]
+    folder.states("d1").save({"v": 40}, step=40, keep=[10, 30])
+    assert folder.states("d1").steps() == [10, 30, 40]
+    assert folder.states("d1").load() == (40, {"v": 40})
+    assert folder.states("d1").load(step=10) == (10, {"v": 10})
+    assert folder.states("d1").load(step=20) is None
+    folder.states("d1").save({"v": 50}, step=50)
+    assert folder.states("d1").steps() == [50]
 
 
 def test_going_back_removes_the_later_states_and_saves_again_in_place(folder: RunFolder) -> None:
     for step in (10, 20, 30):
-        folder.save_state("d1", {"v": step}, step=step, keep=[10, 20])
-    folder.return_to("d1", 10)
-    assert folder.load_state("d1") == (10, {"v": 10})
-    folder.save_state("d1", {"v": "again"}, step=10, keep=[10])
-    assert folder.load_state("d1") == (10, {"v": "again"})
+        folder.states("d1").save({"v": step}, step=step, keep=[10, 20])
+    folder.states("d1").return_to(10)
+    assert folder.states("d1").load() == (10, {"v": 10})
+    folder.states("d1").save({"v": "again"}, step=10, keep=[10])
+    assert folder.states("d1").load() == (10, {"v": "again"})
     home = folder.private / "state" / "d1"
     assert [p.name for p in home.glob("step-*")] == ["step-00000010.1"]
-    folder.save_state("d1", {"v": 20}, step=20, keep=[10])
-    assert folder.load_state("d1", step=10) == (10, {"v": "again"})
+    folder.states("d1").save({"v": 20}, step=20, keep=[10])
+    assert folder.states("d1").load(step=10) == (10, {"v": "again"})
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_state_is_never_passed_over(folder: RunFolder, name: str) -> None:
-    folder.save_state("d1", {"v": torch.zeros(3), "n": 5}, step=1)
+    folder.states("d1").save({"v": torch.zeros(3), "n": 5}, step=1)
     file = folder.private / "state" / "d1" / "step-00000001" / name
     size = file.stat().st_size
     for at in range(0, size, max(1, size // 100)):
         original = flip(file, at)
         with pytest.raises(IntegrityError, match="training state of d1 is damaged: ") as caught:
-            folder.load_state("d1")
+            folder.states("d1").load()
         assert name in str(caught.value) or name == "manifest.json"
         file.write_bytes(original)
-    assert folder.load_state("d1") is not None
+    assert folder.states("d1").load() is not None
 
 
 def test_killed_while_going_back_no_later_state_is_left_without_the_latest(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (10, 20, 30):
-        folder.save_state("d1", {"v": step}, step=step, keep=[10, 20])
+        folder.states("d1").save({"v": step}, step=step, keep=[10, 20])
     removed: list[Path] = []
 
     def dying(path: Path, *, scratch: Path) -> None:
@@ -238,32 +238,32 @@ def test_killed_while_going_back_no_later_state_is_left_without_the_latest(
         removed.append(path)
         shutil.rmtree(path)
 
-    monkeypatch.setattr("ars_kit.store.discard", dying)
+    monkeypatch.setattr("ars_kit.states.discard", dying)
     with pytest.raises(KeyboardInterrupt):
-        folder.return_to("d1", 10)
-    assert folder.saved_steps("d1") == [10, 20]
+        folder.states("d1").return_to(10)
+    assert folder.states("d1").steps() == [10, 20]
 
 
 def test_history_survives_a_torn_line(folder: RunFolder) -> None:
-    folder.append_history("d1", [{"step": i, "note": "größer"} for i in range(3)])
-    folder.append_history("d1", [{"step": i} for i in range(3, 5)])
+    folder.states("d1").append([{"step": i, "note": "größer"} for i in range(3)])
+    folder.states("d1").append([{"step": i} for i in range(3, 5)])
     path = folder.history_path("d1")
     for torn in (b'{"step": 5, "lo', b"\xc3", b"{}"):
         with path.open("ab") as file:
             file.write(torn)
         assert [r["step"] for r in read_history(path)] == list(range(5))
-        folder.cut_history("d1", 5)
-    folder.cut_history("d1", 2)
+        folder.states("d1").cut(5)
+    folder.states("d1").cut(2)
     assert [r["step"] for r in read_history(path)] == [0, 1]
-    folder.cut_history("nobody", 2)
+    folder.states("nobody").cut(2)
 
 
 def test_a_damaged_history_is_named(folder: RunFolder) -> None:
-    folder.append_history("d1", [{"step": i} for i in range(5)])
+    folder.states("d1").append([{"step": i} for i in range(5)])
     path = folder.history_path("d1")
     flip(path, path.read_bytes().index(b"2") - 3, 0xFF)
     with pytest.raises(IntegrityError, match=r"history.jsonl, line 3 is damaged"):
-        folder.cut_history("d1", 5)
+        folder.states("d1").cut(5)
 
 
 # --- members ---
@@ -551,9 +551,9 @@ def test_a_folder_holds_work_once_a_state_is_kept(tmp_path: Path) -> None:
     assert not folder.holds_work()
     folder.create()
     folder.write_text("run.toml", "")
-    folder.append_history("d1", [{"step": 0}])
+    folder.states("d1").append([{"step": 0}])
     assert not folder.holds_work()
-    folder.save_state("d1", {}, step=1)
+    folder.states("d1").save({}, step=1)
     assert folder.holds_work()
 
 

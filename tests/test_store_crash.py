@@ -131,18 +131,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.create()
     commit(folder, "d1", None)
     commit(folder, "d2", "d1")
-    folder.append_history("d3", [{"step": i} for i in range(6)])
-    folder.save_state("d3", state(4), step=4)
+    folder.states("d3").append([{"step": i} for i in range(6)])
+    folder.states("d3").save(state(4), step=4)
     folder.write_text("run.toml", "old")
     return folder.path
 
 
 ACTIONS: dict[str, Callable[[RunFolder], None]] = {
-    "save_state": lambda f: f.save_state("d3", state(6), step=6),
-    "save_state again": lambda f: f.save_state("d3", state(5), step=4),
-    "first save_state": lambda f: f.save_state("d4", state(1), step=1),
-    "drop_state": lambda f: f.drop_state("d3"),
-    "cut_history": lambda f: f.cut_history("d3", 4),
+    "save_state": lambda f: f.states("d3").save(state(6), step=6),
+    "save_state again": lambda f: f.states("d3").save(state(5), step=4),
+    "first save_state": lambda f: f.states("d4").save(state(1), step=1),
+    "drop_state": lambda f: f.states("d3").drop(),
+    "cut_history": lambda f: f.states("d3").cut(4),
     "commit_member": lambda f: commit(f, "d3", "d2"),
     "write_text": lambda f: f.write_text("run.toml", "new"),
 }
@@ -156,7 +156,7 @@ def view(folder: RunFolder) -> dict[str, Any]:
     assert set(folder.members()) <= set(standing)
     states = {}
     for member in ("d3", "d4"):
-        if found := folder.load_state(member):
+        if found := folder.states(member).load():
             assert torch.equal(found[1]["w"], state(found[1]["value"])["w"])
             states[member] = found[0], found[1]["value"]
     history = folder.history_path("d3")
@@ -215,7 +215,7 @@ def test_a_power_cut_while_starting_anew_leaves_whole_members(
         standing = sorted(p.parent.name for p in folder.path.glob("d*/manifest.json"))
         assert standing == ["d1", "d2"][: len(standing)]
         assert all(check_directory(folder.path / name) == [] for name in standing)
-        folder.load_state("d3")
+        folder.states("d3").load()
         with folder.lock():
             folder.start_anew()
             assert {p.name for p in folder.path.iterdir()} == {".arskit", "notes.txt"}
@@ -267,7 +267,7 @@ def test_a_state_never_outlives_its_history(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(base, folder.path)
-    folder.append_history("d3", [{"step": 6}])
+    folder.states("d3").append([{"step": 6}])
     history = folder.history_path("d3").stat().st_ino
     order: list[str] = []
 
@@ -278,7 +278,7 @@ def test_a_state_never_outlives_its_history(
             order.append("state")
 
     with watched(Disk(heard), monkeypatch):
-        folder.save_state("d3", state(7), step=7)
+        folder.states("d3").save(state(7), step=7)
     assert order == ["history", "state"]
 
 
@@ -319,11 +319,11 @@ from pathlib import Path
 from ars_kit.errors import ArsKitError
 from ars_kit.store import RunFolder
 folder = RunFolder(Path(sys.argv[1])); folder.create()
-folder.save_state("d1", {"v": torch.zeros(10)}, step=1)
+folder.states("d1").save({"v": torch.zeros(10)}, step=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    folder.save_state("d1", {"v": torch.zeros(100_000)}, step=2)
+    folder.states("d1").save({"v": torch.zeros(100_000)}, step=2)
 except ArsKitError as error:
     print(error)
 try:
@@ -331,7 +331,7 @@ try:
                          facts={})
 except ArsKitError as error:
     print(error)
-print(folder.load_state("d1")[0], folder.members(), list(folder.private.glob("tmp-*")))
+print(folder.states("d1").load()[0], folder.members(), list(folder.private.glob("tmp-*")))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],

@@ -226,7 +226,7 @@ def test_a_trunk_s_heir_begins_as_its_parent_was(run: Run, monkeypatch: pytest.M
 
     def watching(cradle: Any, member: Any) -> Any:
         if member.name == "d3":
-            seen["state"] = cradle.folder.load_state("d2.stable")
+            seen["state"] = cradle.folder.states("d2.stable").load()
         born = bear(cradle, member)
         seen[member.name] = born
         return born

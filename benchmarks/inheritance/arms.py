@@ -126,7 +126,7 @@ ARMS = {
     "jump": Arm("the smallest, then one growth", jump(0.3), "progressive", members=False),
     "trunk": Arm("a trunk that never cools, branches cooled", lineage(0.3), "trunk", ONCE),
     "duplicate": Arm("blocks doubled in place", lineage(0.3), "duplicate", ONCE),
-    "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (1.0, 1.05)),
+    "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (0.8, 1.0, 1.05)),
     "distill": Arm("lineage, the parent teaches", lineage(0.3), "distill", ONCE),
 }
 """Every arm, the controls among them: ``scratch``, ``no-growth``, ``jump``, ``prune``. The one long

@@ -125,7 +125,7 @@ class Quiet:
         """Hear of a point of a curve."""
 
     def aside(self, line: str) -> None:
-        """Hear that a tracker was put aside."""
+        """Hear of something that is done otherwise."""
 
     def born(self, member: str, facts: Mapping[str, Any]) -> None:
         """Hear of a birth."""

@@ -1,0 +1,125 @@
+"""A device that runs out of memory in the middle of a run: the batch is read in smaller parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Quiet
+
+from ars_kit import memory
+from ars_kit.errors import ArsKitError
+from ars_kit.history import read_history
+from ars_kit.host import Host
+from ars_kit.plan import plan_run
+from ars_kit.resolving import resolve
+from ars_kit.runs import execute
+
+WHOLE = memory.whole_loss
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Device:
+    """Has room for so many sequences at a time, from some micro-batch on; may die at one."""
+
+    def __init__(self, room: int, *, since: int = 0, dies: int | None = None) -> None:
+        self.room, self.since, self.dies, self.asked = room, since, dies, 0
+
+    def loss(self, wrapped: Any, window: Any, *positions: Any) -> Any:
+        self.asked += 1
+        if self.dies == self.asked:
+            raise KilledError
+        found = WHOLE(wrapped, window, *positions)
+        if self.asked > self.since and len(window) > self.room:
+            raise torch.OutOfMemoryError
+        return found
+
+
+class Listening(Quiet):
+    """Hears what is done otherwise than it was asked for."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def aside(self, *line: Any) -> None:
+        self.lines += line
+
+
+class Runs:
+    """Runs a small family on a device in a folder of its own."""
+
+    def __init__(self, folder: Path, cache: Path, texts: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.cache, self.texts, self.patch = folder, cache, texts, patch
+
+    def __call__(self, name: str, device: Device, **train: Any) -> tuple[Any, Path, list[str]]:
+        self.patch.setattr(memory, "whole_loss", device.loss)
+        flags = {
+            "family.members": "d2,d3", "family.vocab_size": 300, "family.aspect": 4.0,
+            "train.iterations": (3, 2), "train.batch_size": 8, "data.source": str(self.texts),
+            "data.sequence_length": 16, "data.heldout_tokens": 256, "run.save_every": 2,
+            **{f"train.{key}": value for key, value in train.items()},
+        }  # fmt: skip
+        host, watcher = Host.installed(), Listening()
+        plan = plan_run(resolve(flags, {}), host)
+        metrics, _ = execute(plan, host, self.folder / name, self.cache, watcher=watcher)
+        return metrics, self.folder / name, watcher.lines
+
+
+@pytest.fixture
+def run(tmp_path: Path, cache: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(tmp_path, cache, text_folder, monkeypatch)
+
+
+def losses(out: Path, member: str) -> list[float]:
+    return [row["loss"] for row in read_history(out / member / "history.jsonl")]
+
+
+def test_the_run_is_that_of_the_finer_division(run: Runs) -> None:
+    metrics, out, lines = run("halved", Device(2))
+    asked, whole, _ = run("asked", Device(8), accumulation=4)
+    assert [m["accumulation"] for m in metrics] == [4, 4]
+    for member in ("d2", "d3"):
+        assert losses(out, member) == losses(whole, member)
+    assert [m["heldout_loss"] for m in metrics] == [m["heldout_loss"] for m in asked]
+    assert [m["loss_flops"] for m in metrics] == [m["loss_flops"] for m in asked]
+    # 8 sequences, 4, 2; an heir, which is no smaller, does not try again.
+    assert lines == [
+        "d2: cpu ran out of memory at step 0; goes on with --accumulation 2, 4 sequences at a time",
+        "d2: cpu ran out of memory at step 0; goes on with --accumulation 4, 2 sequences at a time",
+    ]
+
+
+def test_in_the_middle_of_a_step_nothing_of_it_is_left(run: Runs) -> None:
+    """The second of two micro-batches does not fit: the gradients of the first must go."""
+    metrics, out, lines = run("halved", Device(2, since=7), accumulation=2)
+    _, whole, _ = run("whole", Device(8), accumulation=2)
+    assert metrics[0]["accumulation"] == 4
+    assert "at step 3" in lines[0]
+    assert losses(out, "d2") == pytest.approx(losses(whole, "d2"), rel=1e-6)
+    assert metrics[0]["tokens"] == 9 * 8 * 16
+
+
+def test_a_run_that_was_killed_goes_on_with_it(run: Runs) -> None:
+    with pytest.raises(KilledError):
+        run("killed", Device(2, dies=2 + 4 * 5))
+    metrics, out, lines = run("killed", Device(8))
+    _, whole, _ = run("asked", Device(8), accumulation=4)
+    assert not lines
+    assert [m["accumulation"] for m in metrics] == [4, 4]
+    assert losses(out, "d2") == losses(whole, "d2")
+
+
+def test_one_sequence_that_does_not_fit_ends_the_run(run: Runs) -> None:
+    with pytest.raises(ArsKitError, match="ran out of memory at step 0 of d2: lower"):
+        run("none", Device(0))
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(9, 3), (7, 7)])
+def test_a_batch_that_is_odd_is_divided_as_it_can_be(run: Runs, batch: int, parts: int) -> None:
+    metrics, _, _ = run("odd", Device(batch - 1), batch_size=batch)
+    assert metrics[0]["accumulation"] == parts
