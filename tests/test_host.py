@@ -173,6 +173,7 @@ def test_a_bad_value_is_named() -> None:
 HEAVY = (
     "torch", "transformers", "datasets", "rich", "fastapi", "openai", "uvicorn", "pydantic",
     "onnx", "onnxruntime", "onnxruntime_genai", "onnxscript", "prometheus_client", "jinja2",
+    "peft",
 )  # fmt: skip
 
 
