@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,8 @@ class Service:
             model was made for.
         slots: sequences to work on at once.
         say: tells the user, in a line, what takes long.
+        environment: variables of the process, as the command line found them; an engine that is
+            another process is started with them.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Service:
     context: int | None
     slots: int
     say: Callable[[str], None]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Engine(Protocol):

@@ -43,7 +43,7 @@ if sys.platform != "win32":
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, *, what: Path) -> Iterator[None]:
+def exclusive(path: Path, *, what: Path, otherwise: str = "choose another --out") -> Iterator[None]:
     """Hold the lock file ``path``. The system lets go of it when the process ends, however it ends.
 
     The file stays; its text, the last owner, means nothing unless the lock is held.
@@ -51,6 +51,7 @@ def exclusive(path: Path, *, what: Path) -> Iterator[None]:
     Args:
         path: of the lock file.
         what: is locked by it, for the message.
+        otherwise: what to do instead of waiting, for the message.
 
     Raises:
         ConfigError: another process holds it, named; or the volume cannot lock or write it.
@@ -58,10 +59,10 @@ def exclusive(path: Path, *, what: Path) -> Iterator[None]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise _unusable(what, error) from error
+        raise _unusable(what, error, otherwise) from error
     _held.add(handle)
     try:
-        _take(handle, what)
+        _take(handle, what, otherwise)
         yield
     finally:
         if handle in _held:  # not so in a forked child, where it is closed already
@@ -69,7 +70,7 @@ def exclusive(path: Path, *, what: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _take(handle: int, what: Path) -> None:
+def _take(handle: int, what: Path, otherwise: str) -> None:
     """Lock and sign, or say who has."""
     try:
         if sys.platform == "win32":
@@ -79,18 +80,18 @@ def _take(handle: int, what: Path) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _BUSY:
-            raise _unusable(what, error) from error
+            raise _unusable(what, error, otherwise) from error
         os.lseek(handle, 0, os.SEEK_SET)
         holder = os.read(handle, 4096).decode(errors="replace").strip() or "an unknown process"
         raise ConfigError(
-            f"{what} is in use by another run: {holder}. Wait for it, or choose another --out"
+            f"{what} is in use by another run: {holder}. Wait for it, or {otherwise}"
         ) from error
     try:
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, _signature().encode(errors="surrogateescape"))
     except OSError as error:
-        raise _unusable(what, error) from error
+        raise _unusable(what, error, otherwise) from error
 
 
 def _signature() -> str:
@@ -109,5 +110,5 @@ def _user() -> str:
         return "an unnamed user"
 
 
-def _unusable(what: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot lock {what}: {error.strerror}; choose another --out")
+def _unusable(what: Path, error: OSError, otherwise: str) -> ConfigError:
+    return ConfigError(f"cannot lock {what}: {error.strerror}; {otherwise}")

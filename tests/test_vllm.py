@@ -16,10 +16,10 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from ars_kit.errors import ConfigError, PluginError
+from ars_kit.errors import PluginError
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
-from ars_kit_serving.engines.vllm import VllmEngine, find_python
+from ars_kit_serving.engines.vllm import VllmEngine
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
 from ars_kit_serving.relaying import Relay
@@ -70,7 +70,7 @@ class Stage:
     def engine(self, mood: str = "", text: str = "loss 123", seconds: float = 20) -> VllmEngine:
         self.patch.setenv("DOUBLE", mood)
         self.patch.setenv("DOUBLE_LINES", json.dumps(self.tokenizer.prompt(text)))
-        service = Service("tiny", self.path, "0", self.folder / "cache", None, 2, print)
+        service = Service("tiny", self.path, "0", self.folder / "cache", None, 2, print, os.environ)
         return VllmEngine(service, device="cpu", dtype="auto", compiled=False, seconds=seconds)
 
     def relay(self, mood: str = "", text: str = "loss 123") -> Relay:
@@ -197,16 +197,3 @@ def test_nothing_is_left_when_we_are_killed(stage: Stage) -> None:
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert until(lambda: not psutil.pid_exists(pid), 10)
-
-
-def test_vllm_is_found_by_name_or_beside_its_command(tmp_path: Path) -> None:
-    for name in ("vllm", "python"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    python = str(tmp_path / "python")
-    assert find_python({"ARSKIT_VLLM_PYTHON": python, "PATH": ""}) == Path(python)
-    assert find_python({"PATH": str(tmp_path)}) == (tmp_path / "python").resolve()
-    with pytest.raises(ConfigError, match="is no program"):
-        find_python({"ARSKIT_VLLM_PYTHON": str(tmp_path)})
-    with pytest.raises(ConfigError, match="vLLM is not found"):
-        find_python({"PATH": str(tmp_path / "none")})

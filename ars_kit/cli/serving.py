@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def export(
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, shell_complete=names_in_run)
+@click.argument("names", nargs=-1, shell_complete=names_in_run)
 @click.option(
     "--engine",
     default="auto",
@@ -117,9 +118,36 @@ def export(
     show_default=True,
     help="Seconds that requests may go on after SIGTERM.",
 )
+@click.option(
+    "--setup-vllm",
+    "setup",
+    is_flag=True,
+    help="First make an environment with vLLM, unless there is one; without NAMES, that alone.",
+)
 @out_option
-def serve(names: tuple[str, ...], engine: str, api_key: str | None, **options: Any) -> None:
+def serve(
+    names: tuple[str, ...],
+    engine: str,
+    api_key: str | None,
+    setup: bool,
+    **options: Any,
+) -> None:
     """Serve members, d10..d18, 'best', or any model directory, as OpenAI's API."""
+    from ars_kit_serving.vllm_home import has_gpu, set_up
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    environment = dict(os.environ)
+    gpu = has_gpu(environment)
+    if setup:
+        python = set_up(environment, gpu=gpu, say=say)
+        if not names:
+            click.echo(python)
+            return
+    if not names:
+        raise click.UsageError("Missing argument 'NAMES...'.", click.get_current_context())
+
     from ars_kit.schema import parse_choice
     from ars_kit_serving.serve import Serving
     from ars_kit_serving.serve import serve as run
@@ -135,7 +163,9 @@ def serve(names: tuple[str, ...], engine: str, api_key: str | None, **options: A
         engine=choice,
         cache=cache_folder() / "engines",
         key=api_key,
-        say=lambda line: click.echo(line, err=True),
+        say=say,
+        environment=environment,
+        gpu=gpu,
         **options,
     )
     run(serving, lambda url: click.echo(f"{url}/v1"))

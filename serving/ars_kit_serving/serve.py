@@ -7,9 +7,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -53,6 +53,8 @@ class Serving:
         seconds: that a request may take.
         drain_seconds: that requests may go on once the server is told to stop.
         say: tells the user a line of progress.
+        environment: variables of this process.
+        gpu: whether there is a GPU for vLLM.
     """
 
     names: Sequence[str]
@@ -70,6 +72,8 @@ class Serving:
     seconds: float
     drain_seconds: float
     say: Callable[[str], None]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    gpu: bool = False
 
 
 def serve(serving: Serving, ready: Callable[[str], None]) -> None:
@@ -148,6 +152,7 @@ def load(checkpoint: Checkpoint, serving: Serving) -> Model:
         context=serving.context,
         slots=serving.slots,
         say=serving.say,
+        environment=serving.environment,
     )
     engine = choose(service, serving)
     return Model(

@@ -20,8 +20,8 @@ from ars_kit_serving.engines import warden
 PAUSE = 0.1
 """Seconds between two looks at whether it is ready."""
 
-ERROR = re.compile(r"(?:(?<=\s)|^)\w*(Error|Exception): .+")
-"""How Python ends a traceback."""
+ERROR = re.compile(r"(?:(?<=\s)|^)(?:\w*(?:Error|Exception)|^ERROR): .+")
+"""How Python ends a traceback, and pip and uvicorn begin what went wrong."""
 
 GRACE = 10.0
 """Seconds from SIGTERM to SIGKILL."""
@@ -90,10 +90,15 @@ class Child:
 
     def reason(self) -> str:
         """Return the first error of its log, which the later ones come from, or its last line."""
-        text = self.log.read_text(encoding="utf-8", errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no word"]
-        errors = [found[0] for line in lines if (found := ERROR.search(line))]
-        return (errors or lines[-1:])[0][:300]
+        return reason_in(self.log)
+
+
+def reason_in(log: Path, start: int = 0) -> str:
+    """Return the first error in a log from a byte on, or its last line."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no word"]
+    errors = [found[0] for line in lines if (found := ERROR.search(line))]
+    return (errors or lines[-1:])[0][:300]
 
 
 def _answers(url: str) -> bool:

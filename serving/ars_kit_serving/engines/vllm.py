@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import socket
 import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,43 +25,15 @@ from ars_kit_serving.failures import ApiError
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.sampling import Drawn
 from ars_kit_serving.scheduling import Job, Step
+from ars_kit_serving.vllm_home import ON_A_CPU, SERVER, find_python, has_gpu
 
-SERVER = "vllm.entrypoints.openai.api_server"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1", "PYTHONSAFEPATH": "1",
 }  # fmt: skip
-ON_A_CPU = {
-    "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "auto",
-}  # fmt: skip
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ID = "token_id:"
 """What vLLM writes before an id in log-probabilities."""
-
-
-def find_python(environment: Mapping[str, str]) -> Path:
-    """Return the interpreter that has vLLM.
-
-    Args:
-        environment: ``ARSKIT_VLLM_PYTHON`` names it, or ``vllm`` on ``PATH`` stands beside it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    named = environment.get("ARSKIT_VLLM_PYTHON")
-    if named:
-        if not os.access(named, os.X_OK) or Path(named).is_dir():
-            raise ConfigError(f"ARSKIT_VLLM_PYTHON={named} is no program; name a Python with vLLM")
-        return Path(named).absolute()
-    command = shutil.which("vllm", path=environment.get("PATH"))
-    beside = Path(command).resolve().parent / "python" if command else None
-    if beside is None or not beside.is_file():
-        raise ConfigError(
-            "vLLM is not found: install it in an environment of its own, and name that one's "
-            "Python with ARSKIT_VLLM_PYTHON"
-        )
-    return beside
 
 
 class VllmEngine:
@@ -91,10 +61,10 @@ class VllmEngine:
         self.context, self.slots = context_of(config, service), service.slots
         self._key, port = secrets.token_hex(16), _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        python = find_python(environment)
+        python = find_python(service.environment)
+        environment = {k: v for k, v in service.environment.items() if k != "PYTHONPATH"}
         if device == "auto":
-            device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+            device = "cuda" if has_gpu(environment) else "cpu"
         if dtype == "auto":
             dtype = "fp32" if device == "cpu" else "bf16"
         if device == "cpu":
