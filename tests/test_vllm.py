@@ -71,7 +71,9 @@ class Stage:
         self.patch.setenv("DOUBLE", mood)
         self.patch.setenv("DOUBLE_LINES", json.dumps(self.tokenizer.prompt(text)))
         service = Service("tiny", self.path, "0", self.folder / "cache", None, 2, print, os.environ)
-        return VllmEngine(service, device="cpu", dtype="auto", compiled=False, seconds=seconds)
+        return VllmEngine(
+            service, device="cpu", dtype="auto", compiled=False, memory=0.9, seconds=seconds
+        )
 
     def relay(self, mood: str = "", text: str = "loss 123") -> Relay:
         self.relays.append(Relay(self.engine(mood, text), queue=4))

@@ -28,9 +28,13 @@ from ars_kit_serving.logs import log_to_stderr
 from ars_kit_serving.relaying import Relay, Relayed
 from ars_kit_serving.scheduling import Scheduler
 from ars_kit_serving.tokenizing import ServedTokenizer
+from ars_kit_serving.vllm_home import find_python
 
 AUTO = ("genai", "onnx", "transformers")
 """Engines that ``auto`` asks, in this order; the last one serves whatever can be served."""
+
+VLLM_MEMORY = 0.9
+"""Share of a GPU's memory that vLLM may take, of all models together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,9 @@ def working(engine: Engine | Relayed, serving: Serving) -> Scheduler | Relay:
 def choose(service: Service, serving: Serving) -> Engine | Relayed:
     """Make the engine that was asked for, or with ``auto`` the first that serves this checkpoint.
 
+    vLLM comes before all others where it is set up and there is a GPU; what it cannot run or start
+    is left to them.
+
     Raises:
         ConfigError: none does.
         PluginError: it failed.
@@ -191,7 +198,16 @@ def choose(service: Service, serving: Serving) -> Engine | Relayed:
         made: Engine | Relayed = serving.host.make("servers", serving.engine, service)
         serving.say(f"{service.name}: engine {serving.engine}, as asked for")
         return made
-    reasons = []
+    reasons: list[str] = []
+    if _has_vllm(serving):
+        share = Choice("vllm", {"memory": round(VLLM_MEMORY / len(serving.names), 3)})
+        try:
+            made = serving.host.make("servers", share, service)
+        except (ConfigError, PluginError) as error:
+            reasons.append(f"vllm cannot: {error}")
+        else:
+            serving.say(f"{service.name}: engine vllm (it is set up, and there is a GPU)")
+            return made
     for name in AUTO:
         try:
             made = serving.host.make("servers", Choice(name), service)
@@ -202,6 +218,21 @@ def choose(service: Service, serving: Serving) -> Engine | Relayed:
         serving.say(f"{service.name}: engine {name} ({why})")
         return made
     raise ConfigError(f"no engine serves {service.name}. {'; '.join(reasons)}")
+
+
+def _has_vllm(serving: Serving) -> bool:
+    """Whether ``auto`` takes vLLM: there is a GPU, and vLLM is found.
+
+    An ``ARSKIT_VLLM_PYTHON`` that is no program is not found either, and said to whoever asks for
+    vLLM by name.
+    """
+    if not serving.gpu:
+        return False
+    try:
+        find_python(serving.environment)
+    except ConfigError:
+        return False
+    return True
 
 
 def _require_distinct(names: Sequence[str]) -> None:

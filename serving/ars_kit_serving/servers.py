@@ -57,6 +57,7 @@ def vllm(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     compiled: bool = True,
+    memory: float = 0.9,
     seconds: float = 600.0,
 ) -> Any:
     """Run vLLM, installed in an environment of its own, as a process behind the server.
@@ -67,11 +68,14 @@ def vllm(
         dtype: of weights and arithmetic; auto is fp32 on a CPU and bf16 elsewhere.
         compiled: whether vLLM compiles the model before it answers; it starts slower and runs
             faster.
+        memory: share of a GPU's that it may take.
         seconds: that it may take to be ready.
     """
     from ars_kit_serving.engines.vllm import VllmEngine  # noqa: PLC0415 -- torch is slow
 
-    return VllmEngine(service, device=device, dtype=dtype, compiled=compiled, seconds=seconds)
+    return VllmEngine(
+        service, device=device, dtype=dtype, compiled=compiled, memory=memory, seconds=seconds
+    )
 
 
 @hookimpl

@@ -45,6 +45,7 @@ class VllmEngine:
         dtype: of weights and arithmetic; auto is fp32 on a CPU and bf16 elsewhere, as transformers
             has it here. vLLM's own auto would round fp32 weights to half of their bits.
         compiled: whether vLLM compiles the model before it answers.
+        memory: share of a GPU's that it may take.
         seconds: that it may take to be ready.
 
     Raises:
@@ -53,10 +54,19 @@ class VllmEngine:
     """
 
     def __init__(
-        self, service: Service, *, device: str, dtype: str, compiled: bool, seconds: float
+        self,
+        service: Service,
+        *,
+        device: str,
+        dtype: str,
+        compiled: bool,
+        memory: float,
+        seconds: float,
     ) -> None:
         if not hasattr(os, "killpg"):
             raise ConfigError("vLLM needs Linux or macOS; choose another --engine")
+        if not 0 < memory <= 1:
+            raise ConfigError(f"memory={memory} is no share; choose more than 0 and at most 1")
         config = load_base_config(str(service.path.absolute()))
         self.context, self.slots = context_of(config, service), service.slots
         self._key, port = secrets.token_hex(16), _free_port()
@@ -75,6 +85,7 @@ class VllmEngine:
             "--max-model-len", str(self.context), "--max-num-seqs", str(self.slots),
             "--dtype", KINDS[dtype], "--generation-config", "vllm", "--no-enable-log-requests",
             *([] if compiled else ["--enforce-eager"]),
+            *([] if device == "cpu" else ["--gpu-memory-utilization", str(memory)]),
         ]  # fmt: skip
         log = (service.cache / f"vllm-{service.name}-{os.getpid()}.log").absolute()
         service.say(f"{service.name}: starting vLLM of {python}; its log is {log}")
