@@ -129,11 +129,22 @@ def test_only_the_listed_routes_exist(stage: Stage) -> None:
     assert not stage.notes.exists()
 
 
-def test_a_form_that_cannot_be_kept_is_refused(stage: Stage) -> None:
-    form = {"type": "json_object"}
-    answer = stage.client().post("/v1/completions", json={**ASK, "response_format": form})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
-    assert not stage.notes.exists()
+def test_a_form_goes_there_as_a_schema_and_a_bad_one_does_not(stage: Stage) -> None:
+    client = stage.client()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for form, sent in (
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, schema),
+    ):
+        answer = client.post("/v1/completions", json={**ASK, "response_format": form})
+        assert answer.status_code == 200
+        assert stage.asked()[-1]["structured_outputs"] == {"json": sent}
+    asked = len(stage.asked())
+    for form in ({"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}, {"type": "?"}):
+        answer = client.post("/v1/completions", json={**ASK, "response_format": form})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+    client.post("/v1/completions", json={**ASK, "response_format": {"type": "text"}})
+    assert "structured_outputs" not in stage.asked()[asked]
 
 
 def test_the_end_of_text_ends_an_answer(stage: Stage) -> None:

@@ -34,7 +34,6 @@ from ars_kit_serving.protocol import (
     CompletionRequest,
     refusal,
 )
-from ars_kit_serving.relaying import Relay
 from ars_kit_serving.tokenizing import PromptError
 
 
@@ -89,14 +88,6 @@ class Desk:
         except PromptError as error:
             code = "context_length_exceeded" if error.long else "invalid_prompt"
             raise ApiError(400, f"{field}: {error}", param=field, code=code) from error
-        if constraint is not None and isinstance(model.scheduler, Relay):
-            raise ApiError(
-                400,
-                "response_format: the engine that serves this model draws its tokens itself, and "
-                "is not told what they must keep to; leave it out, or ask another model.",
-                param="response_format",
-                code="unsupported",
-            )
         known = [*(max(p) for p in prompts), *(request.logit_bias or {})]
         if max(known) >= model.vocabulary:
             raise ApiError(

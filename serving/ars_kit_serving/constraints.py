@@ -29,14 +29,15 @@ class Constraint:
     Args:
         matcher: at that place.
         ends: ids that end a text, of which one may come where the grammar is complete.
+        schema: that the grammar was made of, for engines that draw by themselves.
     """
 
-    def __init__(self, matcher: LLMatcher, ends: frozenset[int]) -> None:
-        self._matcher, self._ends = matcher, ends
+    def __init__(self, matcher: LLMatcher, ends: frozenset[int], schema: Mapping[str, Any]) -> None:
+        self._matcher, self._ends, self.schema = matcher, ends, schema
 
     def copy(self) -> Constraint:
         """Return one of its own for another answer."""
-        return Constraint(self._matcher.deep_copy(), self._ends)
+        return Constraint(self._matcher.deep_copy(), self._ends, self.schema)
 
     def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
         """Return which tokens may come next, shape (vocabulary,).
@@ -95,7 +96,7 @@ def constraint_of(
         matcher = LLMatcher(tokenizer.for_grammars, grammar, log_level=0)
     except ValueError as error:
         raise SchemaError(_first_line(str(error))) from error
-    made = Constraint(matcher, frozenset(tokenizer.ends))
+    made = Constraint(matcher, frozenset(tokenizer.ends), schema)
     made._check()  # noqa: SLF001 -- its maker
     return made
 

@@ -15,6 +15,10 @@ from ars_kit_serving.scheduling import Job, QueueFullError, Step
 class Relayed(Protocol):
     """An engine that draws tokens itself.
 
+    How is in ``job.sampler``: ``how`` is the request's :class:`~ars_kit_serving.sampling.Sampling`,
+    ``choice`` the answer's number in its request, and ``constraint``, if it is not None,
+    has the JSON schema that the answer must keep to.
+
     Attributes:
         context: tokens that a sequence may have.
         slots: sequences it works on at once.

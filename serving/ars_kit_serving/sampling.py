@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,13 @@ class Drawn:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next, such as those that keep to a grammar."""
+    """Which tokens may come next, such as those that keep to a grammar.
+
+    Attributes:
+        schema: the JSON schema that they keep to.
+    """
+
+    schema: Mapping[str, Any]
 
     def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
         """Return which tokens may come next, at least one, shape (vocabulary,)."""

@@ -32,6 +32,8 @@ OFFLINE = {
     "DO_NOT_TRACK": "1", "PYTHONSAFEPATH": "1",
 }  # fmt: skip
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FORMS = '{"backend": "guidance", "disable_any_whitespace": true}'
+"""As :mod:`ars_kit_serving.constraints` has it: llguidance, and no spaces but where they belong."""
 ID = "token_id:"
 """What vLLM writes before an id in log-probabilities."""
 
@@ -83,7 +85,8 @@ class VllmEngine:
             str(python), "-m", SERVER, "--model", str(service.path.absolute()),
             "--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port),
             "--max-model-len", str(self.context), "--max-num-seqs", str(self.slots),
-            "--dtype", KINDS[dtype], "--generation-config", "vllm", "--no-enable-log-requests",
+            "--dtype", KINDS[dtype], "--structured-outputs-config", FORMS,
+            "--generation-config", "vllm", "--no-enable-log-requests",
             *([] if compiled else ["--enforce-eager"]),
             *([] if device == "cpu" else ["--gpu-memory-utilization", str(memory)]),
         ]  # fmt: skip
@@ -186,6 +189,8 @@ def body_of(job: Job) -> dict[str, Any]:
         body["logit_bias"] = {str(token): bias for token, bias in how.logit_bias.items()}
     if how.seed is not None:
         body["seed"] = (how.seed + job.sampler.choice) % 2**63
+    if job.sampler.constraint is not None:
+        body["structured_outputs"] = {"json": dict(job.sampler.constraint.schema)}
     if how.logprobs is not None:
         body |= {"logprobs": how.logprobs, "return_tokens_as_token_ids": True}
     return body
