@@ -30,7 +30,7 @@ from ars_kit.outcome import read_metrics
 from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed
 from ars_kit.stored import stored_weights
 from ars_kit.tokens import Batches, heldout_windows
-from ars_kit.train import branch_of
+from ars_kit.trainee import branch_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -42,14 +42,8 @@ from ars_kit.states import HISTORY
 from ars_kit.store import RunFolder
 from ars_kit.teaching import Teaching, hinted
 from ars_kit.tokens import Batches, Replayed
-from ars_kit.train import (
-    Stop,
-    Trainee,
-    branch_of,
-    remember_peaks,
-    seed_everything,
-    train_member,
-)
+from ars_kit.train import remember_peaks, seed_everything, train_member
+from ars_kit.trainee import Stop, Trainee, branch_of
 from ars_kit.watching import FamilyWatcher
 
 if TYPE_CHECKING:

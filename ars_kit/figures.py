@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ars_kit.members import MemberPlan
     from ars_kit.settings import Settings
     from ars_kit.spec import Assessment, Blend
-    from ars_kit.train import Trainee
+    from ars_kit.trainee import Trainee
 
 
 def member_metrics(

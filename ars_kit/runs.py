@@ -28,7 +28,7 @@ from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, control_folder
 from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tracking import tracking
-from ars_kit.train import Stop
+from ars_kit.trainee import Stop
 from ars_kit.watching import FamilyWatcher
 
 DATA_RECORD = "data.json"

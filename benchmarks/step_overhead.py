@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
 from ars_kit.host import Host
+from ars_kit.keeping import log
 from ars_kit.measure import Meter
 from ars_kit.models import build, parameter_groups, weights_of
 from ars_kit.optim import build_optimizer
@@ -39,7 +40,8 @@ from ars_kit.resolving import resolve
 from ars_kit.schedule import lr_factor
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
-from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step
+from ars_kit.train import remember_peaks, train_step
+from ars_kit.trainee import Stop, Trainee
 
 BAR = 1.03
 LOG_EVERY = 10

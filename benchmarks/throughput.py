@@ -35,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ars_kit.compiling import compiled
 from ars_kit.host import Host
+from ars_kit.keeping import log
 from ars_kit.models import build, flops_per_token, weights_of
 from ars_kit.optim import build_optimizer
 from ars_kit.plan import RunPlan, plan_run
@@ -42,7 +43,8 @@ from ars_kit.ranks import make_accelerator, wrapped
 from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
-from ars_kit.train import Stop, Trainee, log, remember_peaks, train_step
+from ars_kit.train import remember_peaks, train_step
+from ars_kit.trainee import Stop, Trainee
 
 WITHIN_BARE, WITHIN_TRAINER = 1.03, 1.0
 SAME = 0.2

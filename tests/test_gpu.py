@@ -315,7 +315,8 @@ def test_a_step_of_a_run_waits_for_nothing(
     from ars_kit.resolving import resolve
     from ars_kit.store import RunFolder
     from ars_kit.tokens import Batches
-    from ars_kit.train import Stop, Trainee, remember_peaks, train_step
+    from ars_kit.train import remember_peaks, train_step
+    from ars_kit.trainee import Stop, Trainee
 
     flags = {"family.members": "d4", "train.device": "cuda", "train.accumulation": 2,
              "data.document_mask": apart}  # fmt: skip

@@ -28,7 +28,8 @@ from ars_kit.recovery import Recovery
 from ars_kit.resolving import resolve
 from ars_kit.settings import differences
 from ars_kit.store import RunFolder
-from ars_kit.train import Stop, Trainee, train_member
+from ars_kit.train import train_member
+from ars_kit.trainee import Stop, Trainee
 from ars_kit_plugins.gating import Guard
 
 # --- the watch -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
 from ars_kit.runs import open_texts
-from ars_kit.store import RunFolder
+from ars_kit.states import States
 from ars_kit.tokens import Batches, Replayed
 
 LENGTH = 4
@@ -223,15 +223,15 @@ def test_replay_keeps_what_a_shift_would_lose(runs: Any) -> None:
 def test_a_replay_that_was_cut_off_goes_on_exactly(
     run: Run, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, saved = RunFolder.save_state, []
+    save, saved = States.save, []
 
-    def failing(self: RunFolder, member: str, *args: Any, **rest: Any) -> None:
-        save(self, member, *args, **rest)
-        saved.append(member)
-        if saved.count("second") == 1 and member == "second":
+    def failing(self: States, *args: Any, **rest: Any) -> None:
+        save(self, *args, **rest)
+        saved.append(self.member)
+        if saved.count("second") == 1 and self.member == "second":
             raise ZeroDivisionError("power cut")
 
-    monkeypatch.setattr(RunFolder, "save_state", failing)
+    monkeypatch.setattr(States, "save", failing)
     with pytest.raises(ZeroDivisionError):
         run("replay:share=0.5", "cut")
     folder, _ = run("replay:share=0.5", "cut")

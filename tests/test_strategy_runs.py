@@ -20,6 +20,7 @@ from ars_kit.host import Host, Plugin
 from ars_kit.models import flops_per_token, load_member, logits_difference
 from ars_kit.schedule import stable_steps
 from ars_kit.spec import Descent, Lesson, Offer, hookimpl
+from ars_kit.states import States
 from ars_kit.store import RunFolder
 
 QUICK = {"ewc": "ewc:sequences=4"}
@@ -158,15 +159,15 @@ def test_a_family_trains_and_its_cost_adds_up(run: Run, strategy: str) -> None:
 def test_a_crash_changes_nothing(run: Run, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is cut off at its fourth and again at its tenth saving, and goes on each time."""
     whole = run(strategy)
-    save, saved = RunFolder.save_state, []
+    save, saved = States.save, []
 
-    def failing(self: RunFolder, *args: Any, **kwargs: Any) -> None:
+    def failing(self: States, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
         saved.append(1)
         if len(saved) in (4, 10):
             raise ZeroDivisionError("power cut")
 
-    monkeypatch.setattr(RunFolder, "save_state", failing)
+    monkeypatch.setattr(States, "save", failing)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             run(strategy, out="cut")
@@ -476,14 +477,14 @@ def test_hints_hold_tensors_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
             births[name] = seed.weights[name]
             return replace(seed, hints={name: Hint(frozen_until=5)})
 
-    save = RunFolder.save_state
+    save = States.save
 
-    def watching(self: RunFolder, member: str, tree: Any, **rest: Any) -> None:
-        if member == "d3":
+    def watching(self: States, tree: Any, **rest: Any) -> None:
+        if self.member == "d3":
             states[rest["step"]] = tree["weights"][name].clone()
-        save(self, member, tree, **rest)
+        save(self, tree, **rest)
 
-    monkeypatch.setattr(RunFolder, "save_state", watching)
+    monkeypatch.setattr(States, "save", watching)
     offer(monkeypatch, freezes=Freezes)
     assert run("freezes", "--members", "d2,d3").exit_code == 0
     assert torch.equal(states[5], births[name])
