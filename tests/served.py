@@ -48,10 +48,18 @@ def shape(kind: str, vocabulary: int) -> PretrainedConfig:
     return Qwen2Config(**common, tie_word_embeddings=True)
 
 
-def make_checkpoint(path: Path, kind: str = "qwen2") -> Path:
-    """Write an untrained checkpoint whose weights are far enough apart to say many things."""
+def make_checkpoint(path: Path, kind: str = "qwen2", **changes: Any) -> Path:
+    """Write an untrained checkpoint whose weights are far enough apart to say many things.
+
+    Args:
+        path: to write.
+        kind: of architecture.
+        changes: to its configuration.
+    """
     made = make_tokenizer(TrainBPE(320), iter(make_text(8)), path)
-    model = AutoModelForCausalLM.from_config(shape(kind, made.size))
+    config = shape(kind, made.size)
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
