@@ -6,6 +6,9 @@ Clients stream ``/v1/completions``, greedily, and answers have a fixed number of
 the first token is that to the first text; between tokens is the rest of an answer's time over its
 other tokens. Medians over the clients of a round, then over rounds.
 
+``--engine vllm`` also measures the vLLM behind the server, asked directly: what the way through the
+server costs. ``--alone`` leaves ``transformers serve`` and ``generate()`` out.
+
 A server that runs already is measured too: ``--also vllm=http://127.0.0.1:9000/v1=MODEL``.
 """
 
@@ -26,7 +29,16 @@ import torch
 from speed.checkpoints import SHAPES, prompts, write_checkpoint
 from speed.clients import Load, measure
 from speed.figures import facts, spread
-from speed.servers import TRANSFORMERS, Server, arskit, on_cores, transformers
+from speed.servers import (
+    DIRECT,
+    PROXY,
+    TRANSFORMERS,
+    Server,
+    arskit,
+    on_cores,
+    transformers,
+    vllm,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GENERATE = "generate()"
@@ -57,6 +69,9 @@ SIZES = {
     "55M": Size(3, 24, {1: 2, 8: 8, 32: 32}),
 }
 
+PAIRED = {"2M": Size(9, 64, {1: 6, 8: 32}), "55M": Size(5, 24, {1: 4, 8: 16})}
+"""How few servers alone are measured: longer, for they differ by little."""
+
 Cells = dict[tuple[str, int], list[dict[str, float | None]]]
 
 
@@ -74,6 +89,9 @@ class Bar:
     clients: int
     ratio: float
 
+
+SHARE, LATER = 0.95, 0.005
+"""What is to be left of vLLM's throughput behind the server; seconds to the first token more."""
 
 BARS = (Bar(TRANSFORMERS, 8, 3.0), Bar(GENERATE, 1, 5.0))
 
@@ -103,18 +121,19 @@ class Eager:
         }
 
 
-def rounds(servers: Sequence[Server], eager: Eager, size: Size) -> Cells:
+def rounds(servers: Sequence[Server], eager: Eager | None, size: Size) -> Cells:
     """Measure every server at every number of clients, round by round."""
     texts = prompts(max(size.requests.values()), size.letters)
     loads = [Load(n, count, size.tokens, texts) for n, count in size.requests.items()]
     ways: dict[str, Any] = {s.name: lambda load, s=s: measure(s, load) for s in servers}
     cells: Cells = {}
-    for way in (*ways.values(), eager.measure):  # warm, and not timed
+    single = {**ways, GENERATE: eager.measure} if eager else ways
+    for way in single.values():  # warm, and not timed
         way(replace(loads[0], requests=1, tokens=2))
     draw = random.Random(0)
     for number in range(size.rounds):
         for load in draw.sample(loads, len(loads)):
-            now = {**ways, GENERATE: eager.measure} if load.clients == 1 else ways
+            now = single if load.clients == 1 else ways
             for name in draw.sample(list(now), len(now)):
                 cells.setdefault((name, load.clients), []).append(now[name](load))
         click.echo(f"round {number + 1} of {size.rounds}", err=True)
@@ -122,16 +141,21 @@ def rounds(servers: Sequence[Server], eager: Eager, size: Size) -> Cells:
 
 
 def figures(cells: Cells) -> list[dict[str, Any]]:
-    """Return each server's medians at each number of clients, and its ratio to transformers'."""
+    """Return each server's medians at each number of clients, and its ratio to its peer's.
+
+    The peer is the vLLM behind it for one that has one, else ``transformers serve``.
+    """
     rows = []
     for (name, clients), found in cells.items():
         row: dict[str, Any] = {"server": name, "clients": clients}
         for key in found[0]:
             values = [f[key] for f in found]
             row[key] = None if None in values else spread(values)
-        peer = cells.get((TRANSFORMERS, clients))
+        peer = cells.get((DIRECT if name == PROXY else TRANSFORMERS, clients))
         if peer is not None and name != TRANSFORMERS:
             row["ratio"] = spread(ratios(found, peer))
+        if peer is not None and name == PROXY:
+            row["later_seconds"] = spread(delays(found, peer))
         rows.append(row)
     order = list(dict.fromkeys(name for name, _ in cells))
     return sorted(rows, key=lambda r: (r["clients"], order.index(r["server"])))
@@ -143,6 +167,40 @@ def ratios(
     """Return how many times as fast one was, round by round."""
     key = "tokens_per_second"
     return [(a[key] or 0) / (b[key] or 1) for a, b in zip(one, other, strict=True)]
+
+
+def delays(
+    one: Sequence[Mapping[str, float | None]], other: Sequence[Mapping[str, float | None]]
+) -> list[float]:
+    """Return how many seconds later one's first token came, round by round."""
+    key = "first_token_seconds"
+    return [(a[key] or 0) - (b[key] or 0) for a, b in zip(one, other, strict=True)]
+
+
+def judge_proxy(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
+    """Return which bars the way through the server to vLLM met."""
+    judged = []
+    for (name, clients), found in cells.items():
+        if name != PROXY:
+            continue
+        peer = cells[DIRECT, clients]
+        many = f"{checkpoint}, {clients} client{'s' * (clients > 1)}"
+        share, later = spread(ratios(found, peer)), spread(delays(found, peer))
+        judged += [
+            {
+                "claim": f"{many}: {SHARE:.0%} of vLLM's own tokens a second",
+                "met": share["median"] >= SHARE,
+                "figures": f"{share['median']:.0%} ({share['lowest']:.0%} to "
+                f"{share['highest']:.0%})",
+            },
+            {
+                "claim": f"{many}: the first token at most {LATER * 1000:.0f} ms later",
+                "met": later["median"] <= LATER,
+                "figures": f"{later['median'] * 1000:.1f} ms ({later['lowest'] * 1000:.1f} to "
+                f"{later['highest'] * 1000:.1f})",
+            },
+        ]
+    return judged
 
 
 def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
@@ -174,13 +232,16 @@ def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
 )
 @click.option("--cores", default=1, show_default=True, help="That each server may use.")
 @click.option("--also", multiple=True, metavar="NAME=URL=MODEL", help="A server that runs already.")
+@click.option("--alone", is_flag=True, help="Without transformers serve and generate().")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(
+    *,
     sizes: tuple[str, ...],
     tiny: bool,
     engines: tuple[str, ...],
     cores: int,
     also: tuple[str, ...],
+    alone: bool,
     target: Path | None,
 ) -> None:
     """Measure, print, and write the figures where they are asked for."""
@@ -193,17 +254,19 @@ def main(
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             checkpoint = work / name
             parameters = write_checkpoint(SHAPES[name], checkpoint)
+            size = PAIRED.get(name, SIZES[name]) if alone else SIZES[name]
             servers = list(others)
-            starting = [
-                *(arskit(e, checkpoint, work) for e in engines),
-                transformers(checkpoint, work),
+            starting: list[Any] = [
+                vllm(checkpoint, work) if e == "vllm" else arskit(e, checkpoint, work)
+                for e in engines
             ]
+            starting += [] if alone else [transformers(checkpoint, work)]
             for one in starting:
                 with on_cores(cores):
-                    servers.append(stack.enter_context(one))
+                    made = stack.enter_context(one)
+                servers += made if isinstance(made, tuple) else [made]
                 servers[-1].sleep()
-            cells = rounds(servers, Eager(checkpoint), SIZES[name])
-        size = SIZES[name]
+            cells = rounds(servers, None if alone else Eager(checkpoint), size)
         report["checkpoints"].append(
             {
                 "name": name,
@@ -214,7 +277,8 @@ def main(
                 "rows": figures(cells),
             }
         )
-        report["bars"] += judge(cells, name)
+        report["bars"] += [] if alone else judge(cells, name)
+        report["bars"] += judge_proxy(cells, name)
     click.echo(json.dumps(report["bars"], indent=1))
     if target:
         target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

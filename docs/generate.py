@@ -23,6 +23,7 @@ from ars_kit.resolving import ADAPTED, PRETRAINED
 from ars_kit.roster import parse_depths
 from ars_kit.schema import _argument_docs, describe
 from ars_kit.settings import SECTIONS, Settings, field_docs, keys, spelled
+from ars_kit_serving import relaying
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+)(?: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,9 +141,9 @@ def fields(name: str) -> str:
 
 
 def methods(name: str) -> str:
-    """Return the methods of a protocol of ``ars_kit.spec``: signature and first paragraph."""
+    """Return the methods of a protocol that plugins keep: signature and first paragraph."""
     lines = []
-    for method, function in vars(getattr(spec, name)).items():
+    for method, function in vars(getattr(spec, name, None) or getattr(relaying, name)).items():
         if inspect.isfunction(function) and (method == "__call__" or not method.startswith("_")):
             signature = str(inspect.signature(function)).replace("'", "")
             text = (inspect.getdoc(function) or "").partition("\nRaises:")[0]
@@ -218,6 +219,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "inheritance-bars": measured.bars,
     "serving-conditions": measured.serving_conditions,
     "serving-speed": measured.serving_speed,
+    "serving-proxy": measured.serving_proxy,
     "serving-bars": measured.bars,
     "export-conditions": measured.export_conditions,
     "export-formats": measured.export_formats,

@@ -291,6 +291,19 @@ def serving_speed(name: str) -> str:
     return _table(heads, rows)
 
 
+def serving_proxy(name: str) -> str:
+    """Return what the way through the server to vLLM costs."""
+    rows = []
+    for checkpoint in _read(name)["checkpoints"]:
+        size = f"{checkpoint['parameters'] / 1e6:.0f}M"
+        for row in checkpoint["rows"]:
+            share, later = (row.get(key) for key in ("ratio", "later_seconds"))
+            rows.append([size, *_served(row)[:-1], _spread(share, 1, 2), _spread(later, 1000, 1)])
+    heads = ["model", "clients", "server", "tokens/s", "first token, ms", "between tokens, ms"]
+    heads += ["tokens per CPU-second", "share of vLLM's own tokens/s", "first token later, ms"]
+    return _table(heads, rows)
+
+
 def _served(row: dict[str, Any]) -> list[str]:
     return [
         str(row["clients"]),
@@ -314,7 +327,9 @@ def serving_conditions(name: str) -> str:
         for c in tree["checkpoints"]
     ]
     lines += [
-        f"each server held to {facts['cores']} core, the clients on what is left",
+        "each server held to 1 core, the clients on what is left"
+        if facts["cores"] == 1
+        else f"each server held to {facts['cores']} cores",
         *_how(facts),
     ]
     return "\n".join(f"- {line}" for line in lines)

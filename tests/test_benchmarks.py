@@ -356,6 +356,26 @@ def test_the_serving_benchmark_measures_every_server(tmp_path: Path) -> None:
         assert (row["server"] == "transformers serve") == ("ratio" not in row)
 
 
+def test_the_way_to_vllm_is_judged_against_vllm_itself_round_by_round() -> None:
+    from serving import DIRECT, PROXY, figures, judge_proxy
+
+    def seen(speed: float, first: float) -> dict[str, float | None]:
+        rest = {"between_tokens_seconds": 1.0, "tokens_per_cpu_second": 1.0}
+        return {"tokens_per_second": speed, "first_token_seconds": first, **rest}
+
+    cells = {
+        (PROXY, 8): [seen(96, 0.104), seen(48, 0.204), seen(30, 0.120)],
+        (DIRECT, 8): [seen(100, 0.1), seen(50, 0.2), seen(60, 0.1)],
+    }
+    share, later = judge_proxy(cells, "2M")
+    assert (share["met"], share["figures"]) == (True, "96% (50% to 96%)")
+    assert (later["met"], later["figures"]) == (True, "4.0 ms (4.0 to 20.0)")
+    assert not judge_proxy({**cells, (PROXY, 8): [seen(45, 0.2)] * 3}, "2M")[0]["met"]
+    row = next(r for r in figures(cells) if r["server"] == PROXY)
+    assert row["ratio"]["median"] == 0.96
+    assert row["later_seconds"]["highest"] == pytest.approx(0.02)
+
+
 def test_the_bars_of_serving_are_judged_round_by_round() -> None:
     from serving import DEFAULT, GENERATE, TRANSFORMERS, judge
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from ars_kit.errors import PluginError
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
-from ars_kit_serving.engines.vllm import VllmEngine
+from ars_kit_serving.engines.vllm import VllmEngine, VllmSettings
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
 from ars_kit_serving.relaying import Relay
@@ -71,9 +71,8 @@ class Stage:
         self.patch.setenv("DOUBLE", mood)
         self.patch.setenv("DOUBLE_LINES", json.dumps(self.tokenizer.prompt(text)))
         service = Service("tiny", self.path, "0", self.folder / "cache", None, 2, print, os.environ)
-        return VllmEngine(
-            service, device="cpu", dtype="auto", compiled=False, memory=0.9, seconds=seconds
-        )
+        how = VllmSettings("cpu", compiled=False, seconds=seconds)
+        return VllmEngine(service, how)
 
     def relay(self, mood: str = "", text: str = "loss 123") -> Relay:
         self.relays.append(Relay(self.engine(mood, text), queue=4))

@@ -88,4 +88,5 @@ def write_checkpoint(shape: Shape, path: Path, spread: float = 0.1) -> int:
 def prompts(count: int, letters: int) -> list[str]:
     """Return texts that begin at different places of the manual."""
     whole = " ".join(" ".join(TEXTS).split())
-    return [whole[start : start + letters] for start in range(0, count * 997, 997)]
+    starts = [n * 997 % (len(whole) - letters) for n in range(count)]
+    return [whole[start : start + letters] for start in starts]

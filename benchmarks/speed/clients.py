@@ -90,7 +90,8 @@ async def _one(session: aiohttp.ClientSession, server: Server, prompt: str, toke
     begun = time.perf_counter()
     first = last = 0.0
     counted = None
-    async with session.post(f"{server.url}/completions", json=body) as response:
+    headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
+    async with session.post(f"{server.url}/completions", json=body, headers=headers) as response:
         if response.status != 200:
             raise SystemExit(f"{server.name} refuses: {await response.text()}")
         async for line in response.content:

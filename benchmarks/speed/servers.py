@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,12 +30,14 @@ class Server:
         url: ends in ``/v1``.
         model: what it calls the checkpoint.
         process: its process; None for one that was there before.
+        key: that it wants.
     """
 
     name: str
     url: str
     model: str
     process: psutil.Process | None = None
+    key: str = ""
 
     def family(self) -> list[psutil.Process]:
         """Return its process and all below it."""
@@ -75,10 +78,30 @@ def arskit(engine: str, checkpoint: Path, work: Path) -> Iterator[Server]:
 
 
 @contextmanager
+def vllm(checkpoint: Path, work: Path) -> Iterator[tuple[Server, Server]]:
+    """Run ``arskit serve --engine vllm``; yields it, and the vLLM behind it."""
+    port, key = free_port(), secrets.token_hex(8)
+    command = [sys.executable, "-m", "ars_kit", "serve", str(checkpoint), "--port", "0"]
+    command += ["--engine", f"vllm:port={port}"]
+    log = work / f"{checkpoint.name}-vllm.log"
+    extra = {"ARSKIT_CACHE": str(work / "cache"), "ARSKIT_VLLM_KEY": key}
+    with _running(command, log, extra) as running:
+        url = _until_ready(running, log, lambda: log.read_text(encoding="utf-8").partition("\n")[0])
+        process = psutil.Process(running.pid)
+        try:
+            yield (
+                Server(PROXY, url, checkpoint.name, process),
+                Server(DIRECT, f"http://127.0.0.1:{port}/v1", "served", process, key),
+            )
+        finally:
+            for one in process.children(recursive=True):
+                one.resume()  # what stands still cannot end
+
+
+@contextmanager
 def transformers(checkpoint: Path, work: Path) -> Iterator[Server]:
     """Run ``transformers serve --continuous-batching``."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     program = Path(sys.executable).parent / "transformers"
     command = [str(program), "serve", str(checkpoint), "--continuous-batching"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
@@ -98,6 +121,13 @@ def transformers(checkpoint: Path, work: Path) -> Iterator[Server]:
 
 
 TRANSFORMERS = "transformers serve"
+PROXY, DIRECT = "arskit serve, vllm", "vLLM itself"
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def vllm(
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     compiled: bool = True,
     memory: float = 0.9,
+    port: int = 0,
     seconds: float = 600.0,
 ) -> Any:
     """Run vLLM, installed in an environment of its own, as a process behind the server.
@@ -69,12 +70,18 @@ def vllm(
         compiled: whether vLLM compiles the model before it answers; it starts slower and runs
             faster.
         memory: share of a GPU's that it may take.
+        port: of loopback that it listens on; 0 for a free one. Its key is random, or
+            ``ARSKIT_VLLM_KEY`` of the environment: for who wants to ask vLLM itself.
         seconds: that it may take to be ready.
     """
-    from ars_kit_serving.engines.vllm import VllmEngine  # noqa: PLC0415 -- torch is slow
+    from ars_kit_serving.engines.vllm import (  # noqa: PLC0415 -- torch is slow
+        VllmEngine,
+        VllmSettings,
+    )
 
     return VllmEngine(
-        service, device=device, dtype=dtype, compiled=compiled, memory=memory, seconds=seconds
+        service,
+        VllmSettings(device, dtype, compiled=compiled, memory=memory, port=port, seconds=seconds),
     )
 
 

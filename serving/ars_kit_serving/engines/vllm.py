@@ -12,9 +12,11 @@ import secrets
 import socket
 import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from pydantic_core import from_json
 
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.models import load_base_config
@@ -34,44 +36,57 @@ OFFLINE = {
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FORMS = '{"backend": "guidance", "disable_any_whitespace": true}'
 """As :mod:`ars_kit_serving.constraints` has it: llguidance, and no spaces but where they belong."""
+KEY = "ARSKIT_VLLM_KEY"
 ID = "token_id:"
 """What vLLM writes before an id in log-probabilities."""
 
 
-class VllmEngine:
-    """A vLLM server of one checkpoint on a free port of loopback, behind a key nobody else has.
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """How vLLM is run.
 
-    Args:
-        service: what to serve.
+    Attributes:
         device: cpu or cuda; auto takes a GPU where the driver shows one.
         dtype: of weights and arithmetic; auto is fp32 on a CPU and bf16 elsewhere, as transformers
             has it here. vLLM's own auto would round fp32 weights to half of their bits.
         compiled: whether vLLM compiles the model before it answers.
         memory: share of a GPU's that it may take.
+        port: that it listens on; 0 for a free one.
         seconds: that it may take to be ready.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    compiled: bool = True
+    memory: float = 0.9
+    port: int = 0
+    seconds: float = 600.0
+
+
+class VllmEngine:
+    """A vLLM server of one checkpoint on loopback, behind a key.
+
+    Args:
+        service: what to serve; ``ARSKIT_VLLM_KEY`` of its environment is the key, else it is one
+            that nobody else has.
+        how: it is run.
 
     Raises:
-        ConfigError: vLLM is not found, or the context is larger than the model's.
+        ConfigError: vLLM is not found, a setting is wrong, or the context is larger than the
+            model's.
         PluginError: it did not start, or cannot run the model.
     """
 
-    def __init__(
-        self,
-        service: Service,
-        *,
-        device: str,
-        dtype: str,
-        compiled: bool,
-        memory: float,
-        seconds: float,
-    ) -> None:
+    def __init__(self, service: Service, how: VllmSettings) -> None:
+        device, dtype, memory = how.device, how.dtype, how.memory
         if not hasattr(os, "killpg"):
             raise ConfigError("vLLM needs Linux or macOS; choose another --engine")
         if not 0 < memory <= 1:
             raise ConfigError(f"memory={memory} is no share; choose more than 0 and at most 1")
         config = load_base_config(str(service.path.absolute()))
         self.context, self.slots = context_of(config, service), service.slots
-        self._key, port = secrets.token_hex(16), _free_port()
+        port = how.port or _free_port()
+        self._key = service.environment.get(KEY) or secrets.token_hex(16)
         self.url = f"http://127.0.0.1:{port}"
         python = find_python(service.environment)
         environment = {k: v for k, v in service.environment.items() if k != "PYTHONPATH"}
@@ -87,7 +102,7 @@ class VllmEngine:
             "--max-model-len", str(self.context), "--max-num-seqs", str(self.slots),
             "--dtype", KINDS[dtype], "--structured-outputs-config", FORMS,
             "--generation-config", "vllm", "--no-enable-log-requests",
-            *([] if compiled else ["--enforce-eager"]),
+            *([] if how.compiled else ["--enforce-eager"]),
             *([] if device == "cpu" else ["--gpu-memory-utilization", str(memory)]),
         ]  # fmt: skip
         log = (service.cache / f"vllm-{service.name}-{os.getpid()}.log").absolute()
@@ -95,8 +110,8 @@ class VllmEngine:
         self.child = Child(
             "vLLM", command, {**environment, **OFFLINE, "VLLM_API_KEY": self._key}, log
         )
-        self.child.wait_until_ready(f"{self.url}/health", seconds)
-        self._try(seconds)
+        self.child.wait_until_ready(f"{self.url}/health", how.seconds)
+        self._try(how.seconds)
         self._session: aiohttp.ClientSession | None = None
 
     def _try(self, seconds: float) -> None:
@@ -137,21 +152,25 @@ class VllmEngine:
                 timeout=aiohttp.ClientTimeout(total=None),
                 connector=aiohttp.TCPConnector(limit=0),
             )
+        ended = False
         try:
             async with self._session.post("/v1/completions", json=body_of(job)) as answer:
                 if answer.status != 200:
                     raise RuntimeError(f"vLLM: {(await answer.text())[:1000]}")
-                async for line in answer.content:
-                    if not line.startswith(b"data: {"):
+                rest = b""
+                async for part in answer.content.iter_any():
+                    if ended:  # what is left is read, so that the connection can be used again
                         continue
-                    made = steps_of(json.loads(line[6:]), job)
+                    *lines, rest = (rest + part).split(b"\n")
+                    made = [step for line in lines for step in _read(line, job)]
                     if made:
                         yield made
-                        if made[-1].finish:
-                            return
+                        ended = made[-1].finish is not None
         except aiohttp.ClientError as error:
-            raise self._dead() from error
-        raise self._dead()
+            if not ended:
+                raise self._dead() from error
+        if not ended:
+            raise self._dead()
 
     def _dead(self) -> ApiError:
         end = self.child.complaint() or f"vLLM broke off. Its log is {self.child.log}"
@@ -194,6 +213,11 @@ def body_of(job: Job) -> dict[str, Any]:
     if how.logprobs is not None:
         body |= {"logprobs": how.logprobs, "return_tokens_as_token_ids": True}
     return body
+
+
+def _read(line: bytes, job: Job) -> list[Step]:
+    """Return the tokens of a line of the stream; most lines are events or empty."""
+    return steps_of(from_json(line[6:]), job) if line.startswith(b"data: {") else []
 
 
 def steps_of(chunk: Mapping[str, Any], job: Job) -> list[Step]:
