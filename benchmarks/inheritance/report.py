@@ -87,7 +87,7 @@ def bars(results: Results) -> list[Bar]:
             "not run" if gap is None else f"{shown(gap)} against the largest from scratch",
         )
     ]
-    for arm in ("lineage", "prune"):
+    for arm in ("lineage", "even-duplicate", "prune"):
         crossing = results.crossing(arm)
         found.append(
             Bar(
@@ -98,7 +98,7 @@ def bars(results: Results) -> list[Bar]:
             )
         )
     last = len(results.scale.shapes) - 1
-    for arm in ("lineage", "jump"):
+    for arm in ("lineage", "even-duplicate", "jump"):
         crossing = results.crossing(arm, [last])
         found.append(
             Bar(
