@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench throughput growth serving-bench fuzz crowd soak vllm-test detector stability report docs package-check clean
+.PHONY: run test lint kill-test bench throughput growth serving-bench fuzz crowd soak vllm-bench vllm-test detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -55,6 +55,11 @@ SOAK_SECONDS ?= 3600
 soak: $(VENV)/.installed-dev
 	ARSKIT_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -q -s --timeout 0 \
 		tests/test_serving_load.py -k memory
+
+# After arskit serve --setup-vllm.
+vllm-bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/serving.py --size 2M --engine vllm --alone \
+		--json benchmarks/results/serving_vllm.json
 
 # From nothing: sets vLLM up (minutes, gigabytes), serves with it, asks, kills it. With
 # ARSKIT_VLLM_TEST_HOME=folder what is set up stays there, and the next time is quick.

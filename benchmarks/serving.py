@@ -15,11 +15,12 @@ A server that runs already is measured too: ``--also vllm=http://127.0.0.1:9000/
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,9 @@ def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
 )
 @click.option("--cores", default=1, show_default=True, help="That each server may use.")
 @click.option("--also", multiple=True, metavar="NAME=URL=MODEL", help="A server that runs already.")
-@click.option("--alone", is_flag=True, help="Without transformers serve and generate().")
+@click.option(
+    "--alone", is_flag=True, help="Without transformers serve and generate(), on all cores."
+)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(
     *,
@@ -246,6 +249,7 @@ def main(
 ) -> None:
     """Measure, print, and write the figures where they are asked for."""
     chosen = ("tiny",) if tiny else sizes or ("2M", "55M")
+    cores = (os.cpu_count() or 1) if alone else cores
     others = [Server(*one.split("=", 2)) for one in also]
     torch.set_num_threads(cores)
     report: dict[str, Any] = {"facts": {**facts(), "cores": cores}, "checkpoints": [], "bars": []}
@@ -262,10 +266,14 @@ def main(
             ]
             starting += [] if alone else [transformers(checkpoint, work)]
             for one in starting:
-                with on_cores(cores):
+                with nullcontext() if alone else on_cores(cores):
                     made = stack.enter_context(one)
                 servers += made if isinstance(made, tuple) else [made]
                 servers[-1].sleep()
+            if alone:  # they are one: nothing has to stand still, and on all cores
+                for server in servers:
+                    server.wake()
+                servers = [replace(server, process=None) for server in servers]
             cells = rounds(servers, None if alone else Eager(checkpoint), size)
         report["checkpoints"].append(
             {

@@ -298,9 +298,9 @@ def serving_proxy(name: str) -> str:
         size = f"{checkpoint['parameters'] / 1e6:.0f}M"
         for row in checkpoint["rows"]:
             share, later = (row.get(key) for key in ("ratio", "later_seconds"))
-            rows.append([size, *_served(row)[:-1], _spread(share, 1, 2), _spread(later, 1000, 1)])
+            rows.append([size, *_served(row)[:-2], _spread(share, 1, 2), _spread(later, 1000, 1)])
     heads = ["model", "clients", "server", "tokens/s", "first token, ms", "between tokens, ms"]
-    heads += ["tokens per CPU-second", "share of vLLM's own tokens/s", "first token later, ms"]
+    heads += ["share of vLLM's own tokens/s", "first token later, ms"]
     return _table(heads, rows)
 
 

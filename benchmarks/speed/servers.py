@@ -55,11 +55,15 @@ class Server:
         for process in self.family():
             process.suspend()
 
+    def wake(self) -> None:
+        """Let it run."""
+        for process in self.family():
+            process.resume()
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Let it run for a while; the others stand still meanwhile."""
-        for process in self.family():
-            process.resume()
+        self.wake()
         try:
             yield
         finally:
