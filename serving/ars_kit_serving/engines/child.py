@@ -44,6 +44,8 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         keep = [sys.executable, "-I", str(warden.__file__), str(GRACE)]
         with log.open("wb") as output:
+            # A process group, not a session: Linux shares time between sessions (sched_autogroup),
+            # and on a busy machine vLLM's own server would wait while its worker spins.
             self.process = subprocess.Popen(  # noqa: S603 -- our own interpreter and arguments
                 [*keep, *command],
                 stdin=subprocess.PIPE,
@@ -51,7 +53,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
                 cwd=log.parent,
-                start_new_session=True,
+                process_group=0,
             )
 
     def wait_until_ready(self, url: str, seconds: float) -> None:

@@ -1,8 +1,8 @@
 """A process that keeps another: both end when whoever started them does, whatever ended it.
 
-Run as ``python warden.py SECONDS COMMAND...`` in a session of its own. Its standard input is a pipe
-that the starter holds open; when that closes the command is told to stop, and after SECONDS it is
-killed with all that it started.
+Run as ``python warden.py SECONDS COMMAND...`` in a process group of its own. Its standard input is
+a pipe that the starter holds open; when that closes the command is told to stop, and after SECONDS
+it is killed with all that it started.
 """
 
 from __future__ import annotations
