@@ -338,6 +338,7 @@ def test_a_prompt_that_is_counted_flatters() -> None:
 # --- serving and export ----------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `make serving-bench` runs it too, before the figures
 def test_the_serving_benchmark_measures_every_server(tmp_path: Path) -> None:
     """The whole of it at its smallest, on real servers."""
     target = tmp_path / "serving.json"

@@ -611,7 +611,8 @@ def test_the_time_that_a_prompt_takes_to_be_read_counts(
 
     with monkeypatch.context() as patched:
         patched.setattr(tokenizer, "prompt", slow)
-        reply = client.post("/v1/completions", json=ASK)
+        long = {**ASK, "prompt": "the loss " * 200}  # a short one is read at once
+        reply = client.post("/v1/completions", json=long)
         assert error_of(reply, 408)["code"] == "deadline_exceeded"
         go.set()
     assert engine.steps == 0

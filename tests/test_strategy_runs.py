@@ -155,7 +155,12 @@ def test_a_family_trains_and_its_cost_adds_up(run: Run, strategy: str) -> None:
     assert not list((done.out / ".arskit" / "state").iterdir())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+SLICE = ("progressive", "prune", "soup", "trunk")
+"""A chain, its reverse, one that makes a member at the end, one with two states of a member."""
+CRASHED = [s if s in SLICE else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES]
+
+
+@pytest.mark.parametrize("strategy", CRASHED)
 def test_a_crash_changes_nothing(run: Run, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is cut off at its fourth and again at its tenth saving, and goes on each time."""
     whole = run(strategy)
