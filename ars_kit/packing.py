@@ -43,7 +43,6 @@ def keeps_apart(model: PreTrainedModel) -> bool:
     Tried on a few tokens: not every architecture looks at position ids, nor does every kernel.
     """
     training, device = model.training, model.device
-    device = model.device
     tokens = torch.arange(1, 17, device=device).reshape(2, 8)
     tokens %= model.config.get_text_config().vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 0, 1, 2, 3, 0, 1, 2]], device=device)

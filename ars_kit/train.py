@@ -169,9 +169,12 @@ def what_breaks(job: Trainee, step: int) -> Iterator[None]:
             save(job, step, together=False)  # other ranks may have taken the step
         raise PluginError(f"{error}; {what_is_kept(job)}") from error
     except torch.OutOfMemoryError as error:
+        # One process has divided the batch already, as finely as it can.
+        divide = "raise --accumulation, or " if job.accelerator.num_processes > 1 else ""
         raise ArsKitError(
-            f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: lower "
-            f"--batch-size or --sequence-length, or take --memory lean; {what_is_kept(job)}"
+            f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: "
+            f"{divide}lower --batch-size or --sequence-length, or take --memory lean; "
+            f"{what_is_kept(job)}"
         ) from error
 
 
