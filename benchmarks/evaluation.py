@@ -14,6 +14,7 @@ are scored a second time with their prompts counted, to show what that is worth.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -191,8 +192,7 @@ def bleu_of(member: Path) -> dict[str, Any]:
 
 
 def speed_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return each shape's ratio on documents and on paragraphs."""
-    torch.set_num_threads(options.threads)
+    """Return each shape's ratio on documents and on paragraphs, for each number of threads."""
     texts = {
         "documents": opened(options.data, options.cache, paragraphs=False),
         "paragraphs": opened(options.data, options.cache, paragraphs=True),
@@ -200,29 +200,32 @@ def speed_of(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "threads": options.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "text": options.data,
         "bar": {"ratio": BAR, "largest_relative_difference": TOLERANCE},
         "speed": [],
     }
-    for depth in map(int, options.depths.split(",")):
+    ways = itertools.product(_numbers(options.threads), _numbers(options.depths), texts.items())
+    for threads, depth, (text, corpus) in ways:
+        torch.set_num_threads(threads)
         config = embedded_config(depth, vocab_size=VOCABULARY, context=options.context)
-        model = build(config, seed=0).eval()
-        for text, corpus in texts.items():
-            member = evaluand(
-                model,
-                corpus,
-                context=options.context,
-                tokens=options.tokens,
-                batch_size=options.batch_size,
-            )
-            found = compare(member, options.stride, options.rounds)
-            shape = {"shape": f"d{depth}", "parameters": count_parameters(config), "of": text}
-            report["speed"].append({**shape, **found})
-            print(json.dumps(report["speed"][-1]), flush=True)
+        member = evaluand(
+            build(config, seed=0).eval(),
+            corpus,
+            context=options.context,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+        )
+        found = compare(member, options.stride, options.rounds)
+        shape = {"shape": f"d{depth}", "parameters": count_parameters(config), "of": text}
+        report["speed"].append({**shape, "threads": threads, **found})
+        print(json.dumps(report["speed"][-1]), flush=True)
     return report
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
@@ -236,7 +239,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="read so many, or a little more")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    cores = ",".join(map(str, sorted({1, os.cpu_count() or 1})))
+    parser.add_argument("--threads", default=cores, help="one, and all, as arskit evaluate takes")
     parser.add_argument("--bleu", type=Path, help="a member that was judged with bleu")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()

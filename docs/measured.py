@@ -244,6 +244,7 @@ def evaluation_speed(_: str) -> str:
             [
                 f"{s['shape']}, {s['parameters']:,} parameters",
                 f"{s['documents']} {s['of']}, {s['tokens']:,} tokens",
+                str(s["threads"]),
                 f"{each['plain']:,.0f}",
                 f"{each['batched']:,.0f}",
                 f"{s['ratio']:.1f} ({spread})",
@@ -251,11 +252,20 @@ def evaluation_speed(_: str) -> str:
                 "yes" if s["met"] else "**no**",
             ]
         )
-    heads = ["shape", "text", "loop, tokens/s", "batched", "times as fast", "differ by", "met"]
+    heads = [
+        "shape",
+        "text",
+        "threads",
+        "loop, tokens/s",
+        "batched",
+        "times as fast",
+        "differ by",
+        "met",
+    ]
     first = tree["speed"][0]
     windows = f"Context {first['context']}, stride {first['stride']}, batch {first['batch_size']}"
     rounds = f"median (lowest to highest) of {first['rounds']} rounds in turns"
-    machine = f"{tree['threads']} thread of a shared {tree['machine']} CPU"
+    machine = f"{tree['cores']} cores of a shared {tree['machine']} CPU"
     versions = f"torch {tree['torch']}, transformers {tree['transformers']}"
     facts = f"{windows}; {rounds}; {machine}, {versions}."
     return f"{_table(heads, rows)}\n\n{facts}"

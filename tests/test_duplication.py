@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_growth import TOKENS, config_of, trained
 
+from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.models import build, logits_difference, set_weights, weights_of
@@ -90,3 +91,34 @@ def test_a_layer_is_not_copied_onto_one_of_another_kind() -> None:
     reason = strategy("stack").supports(before, after) or ""
     assert "layer 1 has full_attention" in reason
     assert "it would copy has sliding_attention" in reason
+
+
+def test_a_block_and_its_copy_may_share_the_work() -> None:
+    before, after = config_of(layers=2), config_of(layers=3)
+    parent, halved, seed = seeded("duplicate:share=0.5", before, after)
+    _, doubled, _ = seeded("duplicate", before, after)
+    places = strategy("duplicate").places(["full"] * 2, ["full"] * 3)
+    assert places == (0, 0, 1)
+    old = weights_of(parent)
+    for j, place in enumerate(places):
+        factor = 0.5 if place == 0 else 1.0
+        for end in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            mine, theirs = f"model.layers.{j}.{end}", f"model.layers.{place}.{end}"
+            assert torch.equal(seed.weights[mine], old[theirs] * factor)
+            assert [b.coefficient for b in seed.provenance[mine]] == [factor]
+        up = seed.weights[f"model.layers.{j}.mlp.up_proj.weight"]
+        assert torch.equal(up, old[f"model.layers.{place}.mlp.up_proj.weight"])
+    away = [logits_difference(parent, child, TOKENS) for child in (halved, doubled)]
+    assert 0 < away[0] < away[1]
+
+
+def test_width_alone_is_not_shared() -> None:
+    parent, child, seed = seeded("duplicate:share=0.5", config_of(), config_of(groups=2))
+    assert seed.preserves == "exact"
+    assert logits_difference(parent, child, TOKENS) < 1e-4
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
+def test_no_share_beyond_the_whole(share: str) -> None:
+    with pytest.raises(ConfigError, match="share must be greater than 0 and at most 1"):
+        strategy(f"duplicate:share={share}")

@@ -6,15 +6,18 @@ Width, where it changes too, is padded exactly as in :mod:`ars_kit_plugins.growt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ars_kit.errors import ConfigError
-from ars_kit.spec import Birth, Parent, Seed
-from ars_kit_plugins.architecture import Shape, inherited_layers, refusal
-from ars_kit_plugins.lineages import Heir, continuation
+from ars_kit.spec import Birth, LazyWeights, Parent, Seed, like
+from ars_kit_plugins.architecture import SILENT, Shape, inherited_layers, refusal
+from ars_kit_plugins.lineages import Heir, OptState, continuation
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 Kinds = Sequence[str]
@@ -81,14 +84,44 @@ class Stack(Copies):
 class Duplicate(Copies):
     """New blocks, where identity blocks would stand, are copies of the block before them.
 
-    The first ones, with none before, copy the block after.
+    The first ones, with none before, copy the block after. Where a block and its copies are to
+    write a ``share`` of what the block wrote, say 0.5, the child begins near its parent: a residual
+    network is read as steps of a differential equation, and each step is taken in two halves
+    (Chang et al., 1710.10348).
 
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        share: what a copied block and its copies add to the residual stream is multiplied by.
     """
 
     how = "neighbours copied"
+
+    def __init__(
+        self, *, opt_state: OptState = "derive", rewarm_steps: int = 10, share: float = 1.0
+    ) -> None:
+        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be greater than 0 and at most 1, not {share}")
+        self.share = share
+
+    def inherit(self, parent: Parent, birth: Birth) -> Seed:
+        """Return the parent, its blocks and their copies at their share."""
+        seed = super().inherit(parent, birth)
+        if self.share == 1.0 or not _deeper(parent.config, birth.config):
+            return seed
+        return _shared(seed, self._copied(parent, birth), self.share)
+
+    def _copied(self, parent: Parent, birth: Birth) -> frozenset[str]:
+        """Return the names of what copied blocks and their copies write with."""
+        places = self.places(Shape.of(parent.config).kinds, Shape.of(birth.config).kinds)
+        often = Counter(places)
+        heads = {f".layers.{j}." for j, place in enumerate(places) if often[place] > 1}
+        return frozenset(
+            name
+            for name in birth.fresh
+            if name.endswith(tuple(SILENT)) and any(head in name for head in heads)
+        )
 
     def places(self, parent: Kinds, child: Kinds) -> Layers:
         """Return each old layer at its place, and each new one as its neighbour."""
@@ -99,6 +132,23 @@ class Duplicate(Copies):
             last = last if place is None else place
             found.append(last)
         return tuple(found)
+
+
+def _shared(seed: Seed, names: frozenset[str], share: float) -> Seed:
+    """Return a seed whose tensors of these names are multiplied by ``share``."""
+    whole = seed.weights
+
+    def read(name: str) -> Tensor:
+        return whole[name] * share if name in names else whole[name]
+
+    provenance = {
+        name: [replace(b, coefficient=b.coefficient * share) for b in blocks]
+        if name in names
+        else blocks
+        for name, blocks in seed.provenance.items()
+    }
+    weights = LazyWeights({name: like(whole, name) for name in whole}, read)
+    return replace(seed, weights=weights, provenance=provenance)
 
 
 def _deeper(parent: PretrainedConfig, child: PretrainedConfig) -> bool:
