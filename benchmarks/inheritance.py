@@ -96,7 +96,8 @@ def say(line: str) -> None:
     help="A text in UTF-8; several are read as one.",
 )
 @click.option("--arms", help="Names with commas between.  [all]")
-@click.option("--seeds", type=click.IntRange(min=1), help="How many, from 1 on.")
+@click.option("--seeds", type=click.IntRange(min=1), help="How many.")
+@click.option("--first-seed", default=1, show_default=True, help="They count from it.")
 @click.option("--optimizer", default="adamw", show_default=True, help="Of every arm.")
 @click.option("--jobs", default=1, show_default=True, help="Processes, of one thread each.")
 @click.option("--work", type=click.Path(path_type=Path), help="For runs under way.")
@@ -108,6 +109,7 @@ def main(  # noqa: PLR0913 -- a command's options
     data: tuple[Path, ...],
     arms: str | None,
     seeds: int | None,
+    first_seed: int,
     optimizer: str,
     jobs: int,
     work: Path | None,
@@ -125,7 +127,7 @@ def main(  # noqa: PLR0913 -- a command's options
         raise click.UsageError(f"no arm named {unknown[0]!r}; there are {', '.join(ARMS)}")
     device = "cuda" if name == "gpu" else "cpu"
     bench = Bench(name, scale, text, optimizer, Book(out.with_suffix(".jsonl")), work, jobs, device)
-    numbers = range(1, (seeds or scale.seeds) + 1)
+    numbers = range(first_seed, first_seed + (seeds or scale.seeds))
     tuned = _tuned(bench, chosen)
     keys = [
         bench.key(arm, kappa, seed, tuned[ARMS[arm].like or arm])
