@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ars_kit.compiling import eagerly
 from ars_kit.errors import DivergedError, PluginError
 from ars_kit.models import set_weights, trained_weights, weights_of
-from ars_kit.sharding import all_finite, dealt_state, dealt_weights, gathered, is_sharded
+from ars_kit.sharding import all_finite, dealt_state, dealt_weights, is_sharded, write_parts
 from ars_kit.state import pack
 from ars_kit.states import CURVE
 from ars_kit.trainee import Trainee, branch_of, what_is_kept
@@ -55,17 +56,12 @@ def judge_heldout(job: Trainee, done: int) -> None:
 
 def resume(job: Trainee) -> int:
     """Load the newest training state, if there is one; returns the next step."""
-    found = job.folder.states(job.plan.name).load()
-    step, tree = found or (0, None)
+    step, tree = _loaded(job) or (0, None)
     job.saved = step
     if tree is not None:
-        state = tree["optimizer"]
-        if is_sharded(job.model):
-            tree["weights"] = dealt_weights(tree["weights"], job.model)
-            state = dealt_state(state, job.optimizer)
         set_weights(job.model, tree["weights"], trained=True)
         try:
-            job.optimizer.load_state_dict(state)
+            job.optimizer.load_state_dict(tree["optimizer"])
         except PluginError as error:
             raise PluginError(f"{error}; {what_is_kept(job)}") from error
         job.meter.load_state_dict(tree["meter"])
@@ -81,8 +77,26 @@ def resume(job: Trainee) -> int:
     return step
 
 
+def _loaded(job: Trainee, step: int | None = None) -> tuple[int, Any] | None:
+    """Return a training state, of a sharded member only this process's part; all must call this."""
+
+    def allot(tree: Any) -> Any:
+        weights = dealt_weights(tree["weights"], job.model)
+        return {
+            **tree,
+            "weights": weights,
+            "optimizer": dealt_state(tree["optimizer"], job.optimizer),
+        }
+
+    states = job.folder.states(job.plan.name)
+    if not is_sharded(job.model):
+        return states.load(step=step)
+    found = states.load(step=step, allot=allot)
+    return found and (found[0], allot(found[1]))
+
+
 def save(job: Trainee, step: int, *, together: bool = True, name: str | None = None) -> None:
-    """Commit the training state after ``step`` steps, whole whoever holds it; one process writes.
+    """Commit the training state after ``step`` steps; of a sharded one every process its part.
 
     Args:
         job: what is trained.
@@ -98,29 +112,42 @@ def save(job: Trainee, step: int, *, together: bool = True, name: str | None = N
         return
     job.meter.pause(job.accelerator.device)
     _require_finite(job)
-    main = job.accelerator.is_main_process
-    weights = gathered(trained_weights(job.model), keep=main)
-    optimizer = gathered(job.optimizer.state_dict(), keep=main)
     regular = step % job.settings.run.save_every == 0 or step == job.plan.steps
     keep = job.recovery.keep(step, regular=regular) if name is None else []
-    if main:
-        tree = {
-            "weights": weights,
-            "optimizer": optimizer,
-            "meter": job.meter.state_dict(),
-            "bad_in_a_row": job.bad_in_a_row,
-            "recovery": job.recovery.state_dict(),
-            "accumulation": job.accumulation,
-        }
-        try:
-            job.folder.states(name or job.plan.name).save(tree, step=step, keep=keep)
-        except TypeError as error:
-            raise PluginError(f"{_culprit(job, tree)}; {what_is_kept(job)}") from error
+    tree = {
+        "weights": trained_weights(job.model),
+        "optimizer": job.optimizer.state_dict(),
+        "meter": job.meter.state_dict(),
+        "bad_in_a_row": job.bad_in_a_row,
+        "recovery": job.recovery.state_dict(),
+        "accumulation": job.accumulation,
+    }
+    try:
+        _commit(job, tree, step, name or job.plan.name, keep)
+    except TypeError as error:
+        raise PluginError(f"{_culprit(job, tree)}; {what_is_kept(job)}") from error
     if name is None:
         job.saved = step
     if together:
         job.accelerator.wait_for_everyone()
     job.meter.start(job.accelerator.device)
+
+
+def _commit(job: Trainee, tree: Any, step: int, name: str, keep: Collection[int]) -> None:
+    """Commit a state: the main process does, once all have written what they alone hold.
+
+    Raises:
+        TypeError: it holds what cannot be packed.
+    """
+    states, main = job.folder.states(name), job.accelerator.is_main_process
+    if is_sharded(job.model):
+        wait = job.accelerator.wait_for_everyone
+        with states.shared(step, main=main, wait=wait) as parts:
+            write_parts(pack(tree)[0], parts)
+            if main:
+                states.save(tree, step=step, keep=keep, parts=parts)
+    elif main:
+        states.save(tree, step=step, keep=keep)
 
 
 def _culprit(job: Trainee, tree: dict[str, Any]) -> str:
@@ -154,14 +181,16 @@ def go_back(job: Trainee, found: Instability) -> int:
     again = len(recovery.events) < recovery.most
     if job.accelerator.is_main_process:
         job.folder.states(name).return_to(step)
-    if again and job.accelerator.is_main_process:
-        _, tree = job.folder.states(name).load(step=step) or (step, {})
+    job.accelerator.wait_for_everyone()
+    if again:
+        _, tree = _loaded(job, step) or (step, {})
         recovery.load_state_dict(tree["recovery"])
         event = recovery.undo(found, step)
         # What was undone has cost its time and its tokens all the same.
         tree |= {"recovery": recovery.state_dict(), "meter": job.meter.state_dict()}
-        job.folder.states(name).save(tree, step=step, keep=[step])
-        job.watcher.went_back(name, event)
+        _commit(job, tree, step, name, [step])
+        if job.accelerator.is_main_process:
+            job.watcher.went_back(name, event)
     job.accelerator.wait_for_everyone()
     if not again:
         raise DivergedError(

@@ -1,13 +1,19 @@
-"""Weights and optimizer states that several processes share: gathered to be kept, dealt out again.
+"""Weights and optimizer states that several processes share: kept in parts, gathered, dealt out.
 
-Where nothing is sharded, all of this passes tensors through.
+Where nothing is sharded, all of this passes tensors through. Parts are written and read by
+torch.distributed.checkpoint: each process writes what it holds as safetensors, and any number of
+processes reads what it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -42,11 +48,14 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 def dealt(whole: Tensor, like: Any) -> Tensor:
     """Return this process's part of a tensor, sharded as ``like`` is; all of it where it is not.
 
-    What is not of the shape of ``like``, such as a step count, is left as it is. Nothing is sent:
-    every process has the whole.
+    What is not of the shape of ``like``, such as a step count, or is sharded already, is left as it
+    is. Nothing is sent: every process has the whole. Of a meta tensor the part is empty.
     """
-    if not hasattr(like, "device_mesh") or whole.shape != like.shape:
+    sharded = hasattr(whole, "device_mesh")
+    if sharded or not hasattr(like, "device_mesh") or whole.shape != like.shape:
         return whole
+    if whole.is_meta:
+        return torch.empty_like(like.detach(), dtype=whole.dtype)
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 -- slow to import
 
     return distribute_tensor(
@@ -83,3 +92,84 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor is finite, over all its parts; waits for the device."""
     finite = tensor.isfinite().all()
     return bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what this process holds of each tensor into a folder; every process must call this.
+
+    What all of them hold is written once.
+
+    Args:
+        tensors: by the same names on every process.
+        folder: the same one, empty, seen by all.
+
+    Raises:
+        Exception: what kept a process from writing; on every process.
+    """
+    from torch.distributed.checkpoint import hf_storage, state_dict_saver  # noqa: PLC0415 -- slow
+
+    writer = hf_storage.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _first_failure():
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
+
+
+def in_parts(folder: Path) -> bool:
+    """Whether :func:`write_parts` has written into a folder."""
+    return any(folder.glob("shard-*.safetensors"))
+
+
+def parts_like(folder: Path) -> dict[str, Tensor]:
+    """Return a meta tensor for each whole tensor whose parts are in a folder."""
+    from torch.distributed.checkpoint import hf_storage  # noqa: PLC0415 -- slow to import
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415
+
+    found = hf_storage.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_parts(tensors: Mapping[str, Tensor], folder: Path, *, together: bool) -> None:
+    """Fill tensors, sharded ones each with this process's part, from a folder of parts.
+
+    Args:
+        tensors: by name; those that the folder has more are left out.
+        folder: that :func:`write_parts` wrote, on any number of processes.
+        together: whether every process calls this; only so can a tensor be sharded.
+
+    Raises:
+        Exception: what kept a process from reading; on every process.
+    """
+    from torch.distributed.checkpoint import hf_storage, state_dict_loader  # noqa: PLC0415 -- slow
+
+    with warnings.catch_warnings(), _first_failure():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state_dict_loader.load(
+            dict(tensors),
+            storage_reader=hf_storage.HuggingFaceStorageReader(str(folder)),
+            no_dist=not together,
+        )
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise what failed first in the place of a CheckpointException, which is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415 -- slow to import
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def allotted(tree: Any) -> Any:
+    """Return a state with room on the CPU in the place of meta tensors."""
+    if isinstance(tree, Tensor):
+        return torch.empty(tree.shape, dtype=tree.dtype) if tree.is_meta else tree
+    if isinstance(tree, Mapping):
+        return {key: allotted(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(allotted, tree))
+    return tree

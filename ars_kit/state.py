@@ -21,7 +21,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Json]:
     Dicts (with text or whole-number keys, in their order), lists, tuples, None, booleans, whole and
     floating-point numbers, text, and tensors of any dtype and shape are kept exactly. Tensors come
     back contiguous, on the CPU, each with memory of its own. torchao's optimizer states of few bits
-    are kept as the tensors they are made of.
+    are kept as the tensors they are made of; a sharded tensor stays as it is.
 
     Raises:
         TypeError: anything else, named by its path.
@@ -40,11 +40,13 @@ class _Tensors:
 
     def add(self, tensor: Tensor, path: str) -> str:
         """Keep a tensor; returns the name it got."""
-        flat = tensor.detach().cpu().contiguous()
-        storage = flat.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory; only for those is a copy worth its room.
-        flat = flat.clone() if storage in self._storages else flat
-        self._storages.add(storage)
+        flat = tensor.detach()
+        if not hasattr(tensor, "device_mesh"):
+            flat = flat.cpu().contiguous()
+            storage = flat.untyped_storage().data_ptr()
+            # safetensors refuses shared memory; only for that is a copy worth its room.
+            flat = flat.clone() if storage in self._storages else flat
+            self._storages.add(storage)
         while path in self.by_name:  # {"a/b": x} and {"a": {"b": y}}, or {1: x} and {"1": y}
             path += "'"
         self.by_name[path] = flat

@@ -6,12 +6,15 @@ A state is committed whole or not at all (:mod:`ars_kit.durable`), and never out
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ars_kit.durable import (
     MANIFEST,
+    TEMPORARY,
     check_directory,
     commit_directory,
     discard,
@@ -47,7 +50,9 @@ class States:
         self.member, self._scratch = member, private
         self.home = private / "state" / member
 
-    def save(self, tree: Any, *, step: int, keep: Collection[int] = ()) -> None:
+    def save(
+        self, tree: Any, *, step: int, keep: Collection[int] = (), parts: Path | None = None
+    ) -> None:
         """Commit a training state, then remove the older ones.
 
         The history appended so far is made durable first: a state never outlives its history.
@@ -56,6 +61,7 @@ class States:
             tree: what :func:`ars_kit.state.pack` takes.
             step: optimizer steps done.
             keep: steps whose newest states stay.
+            parts: a folder into which several processes have written the tensors already.
 
         Raises:
             TypeError: ``tree`` holds what cannot be saved without pickle, named by its path.
@@ -68,7 +74,11 @@ class States:
         tensors, skeleton = pack(tree)
 
         def files(folder: Path) -> None:
-            save_file(tensors, folder / "state.safetensors")
+            if parts is None:
+                save_file(tensors, folder / "state.safetensors")
+            else:
+                for part in sorted(parts.iterdir()):
+                    part.rename(folder / part.name)
             (folder / "state.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
         older = self._paths()
@@ -89,18 +99,45 @@ class States:
             if path not in newest.values():
                 discard(path, scratch=self._scratch)
 
-    def load(self, *, step: int | None = None) -> tuple[int, Any] | None:
+    @contextmanager
+    def shared(self, step: int, *, main: bool, wait: Callable[[], object]) -> Iterator[Path]:
+        """Yield a folder for the parts of a state that is not committed yet, gone in the end.
+
+        Args:
+            step: optimizer steps done.
+            main: whether this process makes and removes it, for all of them.
+            wait: returns when every process has called it.
+        """
+        path = self._scratch / f"{TEMPORARY}{self.member}-{step:08d}"
+        try:
+            with disk_errors(self.home):
+                if main:
+                    shutil.rmtree(path, ignore_errors=True)
+                    path.mkdir()
+                wait()
+                yield path
+        finally:
+            if main:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def load(
+        self, *, step: int | None = None, allot: Callable[[Any], Any] | None = None
+    ) -> tuple[int, Any] | None:
         """Return the newest training state and its step, or None.
 
         Args:
             step: the newest of those after so many steps.
+            allot: returns a state whose meta tensors stand for whole ones with room, sharded or
+                not, in their place; every process must then load. Without it each gets the whole.
+                A state that was not kept in parts is whole in any case.
 
         Raises:
             IntegrityError: it is damaged; an older one is never taken instead.
         """
         from safetensors.torch import load_file  # noqa: PLC0415 -- torch is slow to import
 
-        from ars_kit.state import unpack  # noqa: PLC0415
+        from ars_kit import sharding  # noqa: PLC0415
+        from ars_kit.state import pack, unpack  # noqa: PLC0415
 
         states = self._paths()
         if step is not None:
@@ -118,6 +155,12 @@ class States:
                 f"{self.home} to train {self.member} again from its birth"
             )
         skeleton = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        if sharding.in_parts(newest):
+            tree = sharding.allotted(
+                (allot or _whole)(unpack(sharding.parts_like(newest), skeleton))
+            )
+            sharding.read_parts(pack(tree)[0], newest, together=allot is not None)
+            return header["step"], tree
         tensors = load_file(newest / "state.safetensors")
         return header["step"], unpack(tensors, skeleton)
 
@@ -158,6 +201,10 @@ class States:
             IntegrityError: a line is not what was written.
         """
         cut_rows(self.home / name, step, scratch=self._scratch)
+
+
+def _whole(tree: Any) -> Any:
+    return tree
 
 
 def _state_order(path: Path) -> tuple[int, int]:

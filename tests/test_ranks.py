@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from ars_kit.errors import ArsKitError, ConfigError, Preempted
 from ars_kit.sharding import is_sharded
 
-STOPPED, LOST = "fsdp", "lost"
+STOPPED, LOST, MOVED = "fsdp", "lost", "moved"
 ADAPTED = ("--depth", "depth", "--trainable", "lora:r=2", "--document-mask")
 FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
@@ -74,6 +75,8 @@ def rank_main(rank: int, home: Path, texts: str) -> None:
             train(home / STOPPED, texts)
     except Preempted as error:
         (home / f"stopped{rank}").write_text(str(error))
+    if rank == 0:
+        shutil.copytree(home / STOPPED, home / MOVED)
     train(home / STOPPED, texts)
 
     AcceleratorState._reset_state()
@@ -89,7 +92,7 @@ def rank_main(rank: int, home: Path, texts: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, cache: Path) -> Path:
-    """Run folders: ``one`` of one process, the rest of two, ``lost`` finished by one."""
+    """Run folders: ``one`` of one process, the rest of two, ``lost`` and ``moved`` ended by one."""
     home, texts = tmp_path_factory.mktemp("ranks"), str(text_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ARSKIT_CACHE", str(cache))
@@ -112,8 +115,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, cache: 
         for rank, process in enumerate(ranks):
             _, errors = process.communicate(timeout=240)
             assert process.returncode == (-signal.SIGKILL if rank else 0), errors[-3000:]
-        assert not (home / LOST / "d3").exists()
-        train(home / LOST, texts)
+        for left in (LOST, MOVED):
+            assert not (home / left / "d3").exists()
+        parts = sorted((home / MOVED / ".arskit" / "state" / "d3").glob("step-*/*.safetensors"))
+        (home / "parts").write_text(json.dumps([[p.name, p.stat().st_size] for p in parts]))
+        for left in (LOST, MOVED):
+            train(home / left, texts)
     return home
 
 
@@ -122,7 +129,7 @@ def rows(run: Path, member: str, record: str = "history") -> list[dict[str, Any]
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("how", ["ddp", STOPPED, LOST])
+@pytest.mark.parametrize("how", ["ddp", STOPPED, LOST, MOVED])
 @pytest.mark.parametrize("member", ["d2", "d3"])
 def test_two_processes_follow_the_losses_of_one(trained: Path, how: str, member: str) -> None:
     """Also where they were stopped and went on, and where one was left to go on alone."""
@@ -149,7 +156,7 @@ def test_two_processes_train_adapters_on_documents_apart_as_one_does(trained: Pa
     assert heirs[0]["trainable_parameters"] < heirs[0]["parameters"]
 
 
-@pytest.mark.parametrize("how", ["ddp", STOPPED, LOST])
+@pytest.mark.parametrize("how", ["ddp", STOPPED, LOST, MOVED])
 def test_what_they_leave_is_a_member_like_any_other(trained: Path, how: str) -> None:
     from ars_kit.models import load_member, weights_of
     from ars_kit.store import verify
@@ -163,6 +170,12 @@ def test_what_they_leave_is_a_member_like_any_other(trained: Path, how: str) -> 
 def test_weights_are_sharded_where_the_launcher_asks_for_it(trained: Path) -> None:
     assert (trained / f"{STOPPED}-sharded").read_text() == "True"
     assert (trained / f"{LOST}-sharded").read_text() == "False"
+
+
+def test_each_process_writes_its_part_of_a_state(trained: Path) -> None:
+    (first, size), (second, other) = json.loads((trained / "parts").read_text())
+    assert (first[:12], second[:12]) == ("shard-00001-", "shard-00002-")
+    assert 0.4 < size / (size + other) < 0.6
 
 
 def test_they_stop_together_and_say_so(trained: Path) -> None:

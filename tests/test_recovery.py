@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import Cli
+from test_ranks import FSDP
 
 from ars_kit import durable, states
 from ars_kit.damping import DampedOptimizer
@@ -480,19 +481,21 @@ def test_a_run_says_how_it_ended_and_how_to_go_on(
     assert len(metrics["rollbacks"]) == went_back
 
 
-def test_two_processes_go_back_together(
-    tiny: list[str], cache: Path, text_folder: Path, tmp_path: Path
-) -> None:
+def test_two_processes_go_back_together(tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    """Sharded; what they have kept in parts, two that hold the whole go on with."""
     out = tmp_path / "run"
     for remedy, ending in (("rollback", 1), ("ignore", 0)):
+        launcher = FSDP if ending else {}
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
              f"--master_port={free_port()}", "-m", "ars_kit", "run", *tiny, *WILD,
              "--set", "train.max_rollbacks=1", "--set", f"train.on_instability={remedy}",
              "--device", "cpu", "--out", str(out)],
-            env={**os.environ, "ARSKIT_CACHE": str(cache)},
+            env={**os.environ, **launcher, "ARSKIT_CACHE": str(cache)},
             capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
+        parts = list((out / ".arskit" / "state").glob("*/step-*/shard-*"))
+        assert bool(parts) == bool(launcher), done.stderr[-3000:]
         assert bool(done.returncode) == bool(ending), done.stderr[-3000:]
         if ending:
             assert done.stderr.count("unstable since step") == 1
