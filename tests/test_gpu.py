@@ -22,6 +22,8 @@ from conftest import Cli
 from test_damping_fold import FOLDING, gradient, loss_at, weight
 
 from ars_kit.damping import DampedOptimizer
+from ars_kit.host import Host
+from ars_kit.shapes import embedded_config
 from ars_kit.testing import check_gate
 from ars_kit_plugins.ars import ARS
 from ars_kit_plugins.gating import ClipGate, Guard
@@ -351,3 +353,21 @@ def test_a_family_trains_on_the_device(tiny: list[str], arskit: Cli, tmp_path: P
     assert [m["model_id"] for m in members] == ["d2", "d3", "d4"]
     assert all(m["vram_usage_peak"] > 0 for m in members)
     assert members[2]["final_loss"] < members[0]["final_loss"]
+
+
+@pytest.mark.parametrize("name", ["full", "lean", "tiny"])
+def test_the_foreseen_peak_is_the_allocators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a size at which what the allocator rounds up, and cuBLAS keeps, no longer shows."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import vram
+
+    from ars_kit.memory import RECIPES
+
+    if name != "full":
+        pytest.importorskip("torchao")
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = embedded_config(8, vocab_size=32_000, context=1024, sizes={**sizes, "head_dim": 64})
+    host = Host.installed()
+    foreseen = vram.foresee(config, RECIPES[name], (4, 1024), "cuda", host)["peak"]
+    measured = vram.measure(config, RECIPES[name], (4, 1024), "cuda", host)
+    assert foreseen == pytest.approx(measured, rel=0.1)
