@@ -34,7 +34,7 @@ from ars_kit.watching import FamilyWatcher
 DATA_RECORD = "data.json"
 
 
-def execute(
+def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched and stopped
     plan: RunPlan,
     host: Host,
     out: Path,
@@ -44,6 +44,7 @@ def execute(
     progress: Progress | None = None,
     restart: bool = False,
     note: str | None = None,
+    stop: Stop | None = None,
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Run a plan to its end, or on from where it stopped.
 
@@ -56,6 +57,8 @@ def execute(
         progress: told of the text's preparation.
         restart: throw away what the folder holds first.
         note: of a control, kept as ``control.json``.
+        stop: hears of signals, of this run's alone where it is left out. A signal that it has heard
+            already, when there was nothing left to stop, stops this run after a step.
 
     Returns:
         All metrics, and the member with the lowest held-out loss, if any was measured.
@@ -66,7 +69,7 @@ def execute(
         Preempted: a signal came; the state is saved.
         ArsKitError: another process of the run is gone.
     """
-    stop = Stop()
+    stop = stop or Stop()
     accelerator = make_accelerator(plan)
     require_equal_parts(plan.settings, accelerator.num_processes)
     folder = RunFolder(out)
@@ -104,7 +107,7 @@ def execute(
 
 
 def train_control(
-    control: Control, host: Host, out: Path, cache: Path, *, watcher: FamilyWatcher
+    control: Control, host: Host, out: Path, cache: Path, *, watcher: FamilyWatcher, stop: Stop
 ) -> list[dict[str, Any]]:
     """Train a control in the run folder of its family, or go on where it was stopped.
 
@@ -112,7 +115,9 @@ def train_control(
     """
     folder = RunFolder(control_folder(out, control.name))
     record = json.dumps(control.record(), indent=2) + "\n"
-    metrics, _ = execute(control.plan, host, folder.path, cache, watcher=watcher, note=record)
+    metrics, _ = execute(
+        control.plan, host, folder.path, cache, watcher=watcher, note=record, stop=stop
+    )
     return metrics
 
 

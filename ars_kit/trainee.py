@@ -35,10 +35,17 @@ class Stop:
     """Whether the user or the machine asked the run to end."""
 
     signal: int | None = None
+    _hears: bool = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the first SIGINT or SIGTERM; a second one ends the process at once."""
+        """Note the first SIGINT or SIGTERM; a second one ends the process at once.
+
+        Who listens already goes on doing so: a family and its controls may share one.
+        """
+        if self._hears:
+            yield
+            return
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: FrameType | None) -> None:
@@ -48,9 +55,11 @@ class Stop:
 
         for s in before:
             signal.signal(s, note)
+        self._hears = True
         try:
             yield
         finally:
+            self._hears = False
             for s, handler in before.items():
                 signal.signal(s, handler)
 

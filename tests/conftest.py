@@ -138,6 +138,7 @@ def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folde
     from ars_kit.reporting import write_report
     from ars_kit.resolving import resolve
     from ars_kit.runs import execute, train_control
+    from ars_kit.trainee import Stop
 
     out, host = tmp_path_factory.mktemp("controlled") / "run", Host.installed()
     flags = {
@@ -149,7 +150,7 @@ def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folde
     plan = with_curve(plan_run(resolve(flags, {}), host))
     metrics, _ = execute(plan, host, out, cache, watcher=Quiet())
     for control in plan_controls(plan, host, metrics):
-        train_control(control, host, out, cache, watcher=Quiet())
+        train_control(control, host, out, cache, watcher=Quiet(), stop=Stop())
     write_report(out)
     return out
 

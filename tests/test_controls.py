@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from ars_kit.outcome import frozen_settings, status
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.records import RunRecord, read_run
 from ars_kit.resolving import resolve
-from ars_kit.runs import execute
+from ars_kit.runs import execute, train_control
 from ars_kit.settings import Settings
 from ars_kit.store import RunFolder, verify
+from ars_kit.trainee import Stop
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,31 @@ def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(
         ]
         weights = [load_file(o / member.name / "model.safetensors") for o in (controlled, out)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class CuttingLate(Quiet):
+    """Asks the run to stop when it has nothing left to train."""
+
+    def finished(self, metrics: Mapping[str, Any]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_at_the_end_of_a_family_stops_its_controls(
+    controlled: Path, host: Host, cache: Path, tmp_path: Path
+) -> None:
+    settings = frozen_settings(controlled)
+    settings = replace(settings, run=replace(settings.run, controls=("no-ars",)))
+    settings = replace(settings, family=replace(settings.family, members="d2"))
+    (control,) = plan_controls(plan_run(settings, host), host)
+    plan = plan_run(without_controls(settings), host)
+    stop, before = Stop(), signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        execute(plan, host, tmp_path, cache, watcher=CuttingLate(), stop=stop)
+        with pytest.raises(Preempted, match=r"stopped d2 after step 1 of 12, state saved"):
+            train_control(control, host, tmp_path, cache, watcher=Quiet(), stop=stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    train_control(control, host, tmp_path, cache, watcher=Quiet(), stop=Stop())
+    assert verify(tmp_path / "controls" / "no-ars") == (["d2"], [])
 
 
 def test_a_curve_changes_no_weight(

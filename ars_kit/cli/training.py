@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ars_kit.controls import Control
     from ars_kit.host import Host
     from ars_kit.plan import RunPlan
+    from ars_kit.trainee import Stop
 
 SPARE_RESULTS = ("converged at", "skipped", "final loss", "tokens/s", "parent", "perplexity",
                  "damping", "seconds")  # fmt: skip
@@ -51,6 +52,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     from ars_kit.report import COLUMNS, markdown_table, row_of
     from ars_kit.reporting import write_report
     from ars_kit.runs import check_folder, execute, open_texts
+    from ars_kit.trainee import Stop
 
     host, console = make_host(), make_console(stderr=True)
     settings = settings_of_run(out, options) if resume else settings_from(options)
@@ -67,17 +69,21 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
         _print_plan(plan, out, console, plan_controls(plan, host))
-    with display.showing() if main_process else nullcontext():
-        metrics, best = execute(
-            plan,
-            host,
-            out,
-            cache_folder(),
-            watcher=display,
-            progress=display.preparing if main_process else None,
-            restart=restart,
-        )
-    trained = {c.name: _train(c, host, out, console) for c in plan_controls(plan, host, metrics)}
+    stop = Stop()
+    with stop.listening():
+        with display.showing() if main_process else nullcontext():
+            metrics, best = execute(
+                plan,
+                host,
+                out,
+                cache_folder(),
+                watcher=display,
+                progress=display.preparing if main_process else None,
+                restart=restart,
+                stop=stop,
+            )
+        planned = plan_controls(plan, host, metrics)
+        trained = {c.name: _train(c, host, out, console, stop) for c in planned}
     if not main_process:
         return
     if trained:
@@ -102,7 +108,9 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     )
 
 
-def _train(control: Control, host: Host, out: Path, console: Console) -> list[dict[str, Any]]:
+def _train(
+    control: Control, host: Host, out: Path, console: Console, stop: Stop
+) -> list[dict[str, Any]]:
     from ars_kit.display import Display, say
     from ars_kit.runs import train_control
 
@@ -113,7 +121,7 @@ def _train(control: Control, host: Host, out: Path, console: Console) -> list[di
         say(console, f"control {control.name}: {names}, {steps:,} steps, by {control.source}")
     display = Display(control.plan, console)
     with display.showing() if main_process else nullcontext():
-        return train_control(control, host, out, cache_folder(), watcher=display)
+        return train_control(control, host, out, cache_folder(), watcher=display, stop=stop)
 
 
 @click.command()
