@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
 from ars_kit_serving.relaying import Relay
 from ars_kit_serving.sampling import Sampler, Sampling
-from ars_kit_serving.scheduling import Job
+from ars_kit_serving.scheduling import Job, QueueFullError
 from ars_kit_serving.tokenizing import ServedTokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="vLLM does not run on Windows")
@@ -66,6 +68,7 @@ class Stage:
         patch.setenv("ARSKIT_VLLM_PYTHON", str(self.python))
         patch.setenv("DOUBLE_NOTES", str(self.notes))
         self.relays: list[Relay] = []
+        self.clients = ExitStack()
 
     def engine(self, mood: str = "", text: str = "loss 123", seconds: float = 20) -> VllmEngine:
         self.patch.setenv("DOUBLE", mood)
@@ -81,7 +84,8 @@ class Stage:
     def client(self, mood: str = "", text: str = "loss 123") -> TestClient:
         model = Model("tiny", self.tokenizer, self.relay(mood, text), self.tokenizer.size, 1)
         app = create_app({"tiny": model}, rules=Rules(), seconds=30)
-        return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+        client = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+        return self.clients.enter_context(client)  # one loop for all of its requests
 
     def asked(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.notes.read_text().splitlines()]
@@ -96,6 +100,7 @@ def stage(
 ) -> Iterator[Stage]:
     made = Stage(tmp_path, checkpoint, tokenizer, monkeypatch)
     yield made
+    made.clients.close()
     for relay in made.relays:
         relay.close()
 
@@ -190,11 +195,21 @@ def test_a_job_that_nobody_waits_for_is_dropped_there_within_a_second(stage: Sta
     relay = stage.relay("dawdles")
     came: list[Any] = []
     job = Job([5], Sampler(Sampling()), 90_000, {0}, came.append)
-    relay.submit([job])
-    assert until(lambda: len(came) > 2, 10)
-    relay.cancel([job])
-    assert until(lambda: stage.notes.with_suffix(".gone").exists(), 1)
-    assert until(lambda: relay.count_active() == relay.count_waiting() == 0, 1)
+
+    async def soon(true: Callable[[], bool], seconds: float) -> bool:
+        return await asyncio.to_thread(until, true, seconds)
+
+    async def leave() -> None:
+        relay.submit([job])
+        assert await soon(lambda: len(came) > 2, 10)
+        relay.cancel([job])
+        assert await soon(lambda: stage.notes.with_suffix(".gone").exists(), 1)
+        assert await soon(lambda: relay.count_active() == relay.count_waiting() == 0, 1)
+        await relay.end()
+        with pytest.raises(QueueFullError):
+            relay.submit([job])
+
+    asyncio.run(leave())
 
 
 def test_nothing_is_left_when_we_are_killed(stage: Stage) -> None:

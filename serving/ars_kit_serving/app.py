@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ from ars_kit_serving.protocol import (
     CompletionRequest,
     refusal,
 )
+from ars_kit_serving.relaying import Relay
 from ars_kit_serving.tokenizing import PromptError
 
 SHORT = 1000
@@ -252,7 +254,17 @@ def create_app(
     for name, model in models.items():
         desk.measures.waiting.labels(name).set_function(model.scheduler.count_waiting)
         desk.measures.active.labels(name).set_function(model.scheduler.count_active)
-    app = FastAPI(title="arskit serve", version=__version__, docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for model in models.values():
+            if isinstance(model.scheduler, Relay):
+                await model.scheduler.end()
+
+    app = FastAPI(
+        title="arskit serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     app.state.desk = desk
     _handle_errors(app)
     _add_routes(app)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Protocol, runtime_checkable
@@ -36,7 +35,7 @@ class Relayed(Protocol):
         ...
 
     async def disconnect(self) -> None:
-        """Close connections, in the loop they were made in."""
+        """Close connections; nothing is at work any more."""
         ...
 
     def close(self) -> None:
@@ -45,7 +44,10 @@ class Relayed(Protocol):
 
 
 class Relay:
-    """Stands where a :class:`~ars_kit_serving.scheduling.Scheduler` does, with a loop of its own.
+    """Stands where a :class:`~ars_kit_serving.scheduling.Scheduler` does, in the server's own loop.
+
+    Only :meth:`close` may be called outside of that loop. A thread and a loop of its own would cost
+    every token two wake-ups.
 
     Args:
         engine: is closed with it.
@@ -54,16 +56,10 @@ class Relay:
 
     def __init__(self, engine: Relayed, *, queue: int) -> None:
         self.engine, self.queue = engine, queue
-        self._tasks: dict[Job, asyncio.Task[None] | None] = {}
+        self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._active = 0
-        self._lock = threading.Lock()
         self._slots = asyncio.Semaphore(engine.slots)
         self._closing = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="arskit-relay", daemon=True
-        )
-        self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take jobs on, all or none.
@@ -71,20 +67,20 @@ class Relay:
         Raises:
             QueueFullError: they would have to wait behind too many.
         """
-        with self._lock:
-            if len(self._tasks) + len(jobs) > self.queue + self.engine.slots or self._closing:
-                raise QueueFullError
-            self._tasks |= dict.fromkeys(jobs)
-        self._loop.call_soon_threadsafe(self._begin, jobs)
+        if len(self._tasks) + len(jobs) > self.queue + self.engine.slots or self._closing:
+            raise QueueFullError
+        for job in jobs:
+            self._tasks[job] = asyncio.get_running_loop().create_task(self._work(job))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Drop jobs; what is done already is unaffected."""
-        if not self._closing:
-            self._loop.call_soon_threadsafe(self._drop, jobs)
+        for job in jobs:
+            if task := self._tasks.pop(job, None):
+                task.cancel()
 
     def count_waiting(self) -> int:
         """Return the sequences in the queue."""
-        return len(self._tasks) - self._active
+        return max(0, len(self._tasks) - self._active)
 
     def count_active(self) -> int:
         """Return the sequences in the engine."""
@@ -94,31 +90,18 @@ class Relay:
         """Return why nothing can be answered any more, or None."""
         return self.engine.complaint()
 
-    def close(self) -> None:
-        """Drop what is at work, and close the engine."""
-        with self._lock:
-            self._closing = True
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self.engine.close()
-
-    def _begin(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self._tasks[job] = self._loop.create_task(self._work(job))
-
-    def _drop(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if task := self._tasks.get(job):
-                task.cancel()
-
-    async def _end(self) -> None:
-        tasks = [task for task in self._tasks.values() if task]
-        for task in tasks:
-            task.cancel()
+    async def end(self) -> None:
+        """Drop what is at work, and the connections; nothing is taken on afterwards."""
+        self._closing = True
+        tasks = list(self._tasks.values())
+        self.cancel(list(self._tasks))
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.engine.disconnect()
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._closing = True
+        self.engine.close()
 
     async def _work(self, job: Job) -> None:
         try:
@@ -133,5 +116,4 @@ class Relay:
                 finally:
                     self._active -= 1
         finally:
-            with self._lock:
-                self._tasks.pop(job, None)
+            self._tasks.pop(job, None)
