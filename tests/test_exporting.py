@@ -381,3 +381,12 @@ def test_large_weights_lie_beside_the_graph_and_llama_computes_the_same(
     assert check_directory(target) == []
     beside.write_bytes(b"rot")
     assert "model.onnx.data" in " ".join(check_directory(target))
+
+
+def test_halves_of_another_architecture_stay_within_their_bound(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "qwen3", "qwen3")
+    facts = export(path, tmp_path / "halves", Choice("onnx", {"precision": "fp16"}))
+    assert 1e-4 < facts["largest_difference"] <= facts["allowed"] == 0.02 * facts["largest_logit"]
+    graph = onnx.load(str(tmp_path / "halves" / "model.onnx")).graph
+    kinds = {weight.data_type for weight in graph.initializer if len(weight.dims) == 2}
+    assert kinds == {onnx.TensorProto.FLOAT16}
