@@ -240,24 +240,23 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sizes", default=",".join(SIZES), help="names with commas between")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="keep the figures here, by size")
     options = parser.parse_args()
     host = Host.installed()
-    report: dict[str, Any] = {
+    how = {
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": options.threads,
         "rounds": options.rounds,
-        "bar": BAR,
-        "sizes": [],
     }
+    rows: dict[str, dict[str, Any]] = {}
     print("| model | loop | ms per step | ratio to bare | quartiles |")
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
         for size in options.sizes.split(","):
             seconds, facts = compare(size, rounds=options.rounds, block=options.block, host=host)
             found = ratios(seconds)
-            report["sizes"].append({**facts, "loops": found})
+            rows[size] = {**facts, **how, "loops": found}
             for name, r in found.items():
                 print(
                     f"| {size}, {facts['parameters']:,} | {name} | {r['ms']:.1f} "
@@ -265,8 +264,16 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        _write(options.json, rows)
+
+
+def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Put rows in the place of those of the same sizes; the rest of a file stays."""
+    before = json.loads(path.read_text("utf-8"))["sizes"] if path.exists() else []
+    kept = {row["size"]: row for row in before} | rows
+    sizes = [kept[size] for size in SIZES if size in kept]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"bar": BAR, "sizes": sizes}, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

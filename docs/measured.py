@@ -435,8 +435,9 @@ def overhead(_: str) -> str:
             if name != "bare":
                 spread = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
                 model = f"{s['size']}, {s['parameters']:,} parameters"
-                rows.append([model, f"{s['tokens_per_step']:,}", name, spread])
-    return _table(["model", "tokens a step", "loop", "time against bare"], rows)
+                turns = f"{s['rounds']} rounds, {s['threads']} thread" + "s" * (s["threads"] > 1)
+                rows.append([model, f"{s['tokens_per_step']:,}", turns, name, spread])
+    return _table(["model", "tokens a step", "measured in", "loop", "time against bare"], rows)
 
 
 def costs(kind: str) -> str:
