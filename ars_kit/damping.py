@@ -272,16 +272,37 @@ class DampedOptimizer(Optimizer):
 
     def _damped_step(self, loss: Tensor) -> None:
         memory, grads = self._memory, gradients_of(self.param_groups)
-        one = torch.ones_like(loss)
-        last = one if memory.last is None else memory.last
-        lr = self.param_groups[0]["lr"]
         scale = getattr(self, "grad_scale", None)
-        total = Factors(one, len(grads))
+        total = Factors(torch.ones_like(loss), len(grads))
         if hasattr(self, "found_inf"):
             total.skip = self.found_inf.to(loss.device) > 0
         scaled = Once(lambda: norms_of(grads, loss.device))
         norms = scaled if scale is None else Once(lambda: scaled() / scale)
         alignment = Once(lambda: alignment_of(self.base, scaled()))
+        self.ask_all(loss, total, norms, alignment)
+        self._telemetry.expect(memory.steps, tuple(total.explained))
+        if grads:
+            with self._stepping():
+                apply(self.base, grads, total, scale=scale, fold=self._fold)
+        memory.answers.clear()
+        memory.last = total.gradient * total.step
+        self._telemetry.note(memory.steps, loss, total)
+
+    def ask_all(
+        self,
+        loss: Tensor,
+        total: Factors,
+        norms: Callable[[], Tensor],
+        alignment: Callable[[], Tensor],
+        *,
+        gradients: bool = True,
+    ) -> None:
+        """Ask the gates about a step, and multiply their answers into ``total``.
+
+        The other arguments are those of :class:`StepSignal`.
+        """
+        memory, lr = self._memory, self.param_groups[0]["lr"]
+        last = torch.ones_like(loss) if memory.last is None else memory.last
         for name, gate in self.gates.items():
             signal = StepSignal(
                 memory.steps,
@@ -293,15 +314,9 @@ class DampedOptimizer(Optimizer):
                 last,
                 norms,
                 alignment,
+                gradients,
             )
             self._ask(name, gate, signal, total)
-        self._telemetry.expect(memory.steps, tuple(total.explained))
-        if grads:
-            with self._stepping():
-                apply(self.base, grads, total, scale=scale, fold=self._fold)
-        memory.answers.clear()
-        memory.last = total.gradient * total.step
-        self._telemetry.note(memory.steps, loss, total)
 
     def _ask(self, name: str, gate: DampingGate, signal: StepSignal, total: Factors) -> None:
         """Multiply a gate's answer in.

@@ -142,6 +142,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         lr=train.lr,
         position=member.position,
         reduce=mean_over_ranks(accelerator),
+        in_backward=recipe.in_backward,
     )
     remember_peaks(optimizer)
     if born.opt_state:
@@ -170,6 +171,11 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
+        if recipe.in_backward and job.accumulation > 1:
+            family.watcher.aside(
+                f"{member.name}: with --accumulation {job.accumulation} gradients stand until the "
+                "last part of a batch; they are freed as they come with --accumulation 1"
+            )
     train_member(job)
     if adapters is not None:
         adapters.merge(seed=member_seed(settings.family.seed, member.name))

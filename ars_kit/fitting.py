@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from ars_kit.durable import byte_count
 from ars_kit.errors import ArsKitError, ConfigError
 from ars_kit.footprint import Footprint, Work, footprint
 from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.memory import RECIPES, Recipe, RecipeName
-from ars_kit.optim import check_optimizer, make_base, under_recipe
+from ars_kit.optim import check_loss_only, check_optimizer, make_base, under_recipe
 from ars_kit.records import PLAN_RECORD
 from ars_kit.store import RunFolder
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ars_kit.members import MemberPlan
     from ars_kit.plan import RunPlan
 
+PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are; accelerate reads the same."""
 PLENTY = 0.25
 """A run whose memory by a rough formula is within this share of the device's is not tried."""
 
@@ -148,7 +150,15 @@ def _check(plan: RunPlan, host: Host, name: RecipeName) -> None:
     recipe, train = RECIPES[name], plan.settings.train
     if recipe.bf16_weights and train.precision == "fp32":
         raise ConfigError("--memory tiny keeps weights in bf16; leave --precision fp32 out")
-    check_optimizer(host, under_recipe(host, plan.settings.optimizer, recipe))
+    if recipe.in_backward and get_int_from_env(PROCESSES, 1) > 1:
+        raise ConfigError(
+            f"--memory {name} steps parameters within the backward pass, before several processes "
+            "could agree on their gradients; use --memory lean, or one process"
+        )
+    optimizer = under_recipe(host, plan.settings.optimizer, recipe)
+    check_optimizer(host, optimizer)
+    if recipe.in_backward:
+        check_loss_only(host, optimizer, recipe)
 
 
 def _begun(out: Path) -> RecipeName | None:

@@ -38,10 +38,10 @@ def apply(
         fold = can_fold(base) and grads[0].device.type != "cpu"
     if fold and _has_velocities(base):
         if total.vector is not None:
-            _multiply(grads, total.vector)
+            multiply(grads, total.vector)
         whole = torch.ones_like(total.gradient) if scale is None else scale
         with (
-            _rates(base, total.step if total.steps_damped else None),
+            rates(base, total.step if total.steps_damped else None),
             lent(base, whole / total.gradient, total.skip.float()),
         ):
             base.step()
@@ -50,10 +50,10 @@ def apply(
     if skip:
         return
     if total.vector is not None:
-        _multiply(grads, total.vector * gradient)
+        multiply(grads, total.vector * gradient)
     elif gradient != 1.0:
-        _multiply(grads, gradient)
-    with _rates(base, None if step == 1.0 else step):
+        multiply(grads, gradient)
+    with rates(base, None if step == 1.0 else step):
         base.step()
 
 
@@ -91,7 +91,7 @@ def _has_velocities(base: Optimizer) -> bool:
 
 
 @contextmanager
-def _rates(base: Optimizer, factor: float | Tensor | None) -> Iterator[None]:
+def rates(base: Optimizer, factor: float | Tensor | None) -> Iterator[None]:
     """Multiply every group's learning rate for the length of one step."""
     groups: Iterable[dict[str, Any]] = base.param_groups if factor is not None else ()
     kept = [(group, group["lr"]) for group in groups]
@@ -104,7 +104,7 @@ def _rates(base: Optimizer, factor: float | Tensor | None) -> Iterator[None]:
             group["lr"] = lr
 
 
-def _multiply(grads: list[Tensor], factors: Tensor | float) -> None:
+def multiply(grads: list[Tensor], factors: Tensor | float) -> None:
     """Multiply each gradient in place, by a number or by its own factor of shape (n_tensors,)."""
     mine = [local(g) for g in grads]
     if isinstance(factors, Tensor):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from ars_kit import memory
 from ars_kit.adapters import Adapters, last_blocks
+from ars_kit.backward import held, step_alone
 from ars_kit.models import build, parameter_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from ars_kit.lora import Lora
     from ars_kit.memory import Recipe
@@ -82,7 +84,8 @@ class Footprint:
     Attributes:
         peak: all of them.
         weights: of them, the parameters'.
-        gradients: of all parameters together.
+        gradients: of all parameters together; of the largest alone where each is freed as soon as
+            it is used.
         states: the optimizer's.
         rest: what of the peak is none of these: activations, logits, temporaries. Where the peak
             comes before the last gradient, some gradients are not there yet, and it is negative
@@ -137,6 +140,7 @@ class _Phases:
     forward: int
     top: int  # backward through the head and the last layer
     below: int
+    bottom: int  # and through the embedding
     step: int
     weights: int
     gradients: int
@@ -175,7 +179,8 @@ def footprint(
                 for k in low
             }
         )
-    return Footprint(max(p.forward, p.top, p.below, p.step), p.weights, p.gradients, p.states)
+    peak = max(p.forward, p.top, p.below, p.bottom, p.step)
+    return Footprint(peak, p.weights, p.gradients, p.states)
 
 
 def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -211,28 +216,62 @@ def _simulate(
         states = live.now - weights
         if work.accumulated:
             _take_gradients(model)
-        peaks: list[int] = []
+        elif recipe.in_backward:
+            gradients = max(p.nbytes for group in groups for p in group["params"])
+        if recipe.in_backward:
+            _step_in_backward(optimizer, work)
+        peaks = dict.fromkeys(("forward", "top", "below", "bottom", "step"), 0)
 
-        def phase() -> None:
-            peaks.append(live.peak)
+        def phase(name: str) -> None:
+            peaks[name] = live.peak
             live.peak = live.now
 
         live.peak = live.now
         passed = _second_last_output(model, config)
+        embedded = _embedded(model)
         bf16 = work.bf16 and not recipe.bf16_weights
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits, loss = loss_of(model, window, positions)
         del logits
-        phase()
-        for output in passed[:1]:
-            output.register_hook(lambda _: phase())
+        phase("forward")
+        for output, name in [*((o, "top") for o in passed[:1]), *((o, "below") for o in embedded)]:
+            output.register_hook(lambda _, name=name: phase(name))
         loss.backward()
-        phase()
-        if work.device == "cpu":
+        phase("bottom")
+        if work.device == "cpu" and not recipe.in_backward:
             optimizer.step()
-        phase()
-    forward, *backward, step = peaks
-    return _Phases(forward, backward[0], backward[-1], step, weights, gradients, states)
+        phase("step")
+    return _Phases(**peaks, weights=weights, gradients=gradients, states=states)
+
+
+def _step_in_backward(optimizer: Optimizer, work: Work) -> None:
+    """Let each parameter be stepped as its gradient arrives, as :mod:`ars_kit.backward` does.
+
+    Elsewhere than on the CPU it holds a copy of the parameter and its state.
+    """
+
+    def arrived(group: dict[str, Any], p: Tensor) -> None:
+        if work.device == "cpu":
+            step_alone(optimizer, group, p)
+        else:
+            held(p, optimizer.state[p])
+        p.grad = None
+
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.register_post_accumulate_grad_hook(partial(arrived, group))
+
+
+def _embedded(model: PreTrainedModel) -> Sequence[Tensor]:
+    """Return a list that the forward pass puts the embedded tokens into, if they have gradients."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if not found and output.requires_grad:
+            found.append(output)
+
+    model.get_input_embeddings().register_forward_hook(note)
+    return found
 
 
 def _take_gradients(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from ars_kit.backward import DROPPED
 from ars_kit.compiling import eagerly
 from ars_kit.errors import DivergedError, PluginError
 from ars_kit.models import set_weights, trained_weights, weights_of
@@ -211,7 +212,7 @@ def log(job: Trainee, done: int) -> None:
     except PluginError as error:
         raise PluginError(f"{error}; {what_is_kept(job)}") from error
     for row in rows:
-        bad = row["skipped"] or not math.isfinite(row["loss"])
+        bad = row["skipped"] or not math.isfinite(row["loss"]) or row.get(DROPPED, 0) > 0
         job.bad_in_a_row = job.bad_in_a_row + 1 if bad else 0
         if job.bad_in_a_row >= job.settings.train.max_skipped:
             raise DivergedError(

@@ -3,7 +3,9 @@
 - ``full``: everything is kept; on a GPU bf16 arithmetic over fp32 weights and moments.
 - ``lean``: activations are computed again in the backward pass (Chen et al., 1604.06174), logits
   stand in chunks, AdamW's moments take 8 bits (Dettmers et al., 2110.02861).
-- ``tiny``: the same with weights and gradients in bf16, rounded stochastically by the optimizer.
+- ``tiny``: the same with weights and gradients in bf16, rounded stochastically by the optimizer,
+  which steps each parameter within the backward pass and frees its gradient (Lv et al.,
+  2306.09782).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Recipe:
         chunked: logits never stand whole.
         low_bit: AdamW's moments take 8 bits.
         bf16_weights: weights and gradients are bf16, else fp32.
+        in_backward: each parameter is stepped as its gradient arrives, and the gradient freed.
     """
 
     name: RecipeName
@@ -51,6 +54,7 @@ class Recipe:
     chunked: bool = False
     low_bit: bool = False
     bf16_weights: bool = False
+    in_backward: bool = False
 
     def base(self, base: Choice) -> Choice:
         """Return the base optimizer with this recipe's moments; others than AdamW keep theirs.
@@ -73,7 +77,9 @@ class Recipe:
 RECIPES: Mapping[RecipeName, Recipe] = {
     "full": Recipe("full"),
     "lean": Recipe("lean", recompute=True, chunked=True, low_bit=True),
-    "tiny": Recipe("tiny", recompute=True, chunked=True, low_bit=True, bf16_weights=True),
+    "tiny": Recipe(
+        "tiny", recompute=True, chunked=True, low_bit=True, bf16_weights=True, in_backward=True
+    ),
 }
 """From the most memory to the least."""
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 GUARD = Choice("guard")
 """The one gate that every run has unless it is left out: no NaN reaches the weights."""
 
+LOSS_ONLY = "loss_only"
+"""The setting of a wrapper that can do without gradients."""
+
 PER_MEMBER = ("entropy_threshold", "surprise_damping")
 """Wrapper settings that move linearly from the first member to the last."""
 
@@ -85,6 +88,7 @@ def build_optimizer(
     lr: float,
     position: float,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    in_backward: bool = False,
 ) -> DampedOptimizer:
     """Make the base optimizer over ``groups`` and wrap it in its gates.
 
@@ -95,13 +99,18 @@ def build_optimizer(
         lr: peak learning rate.
         position: 0 for the family's first member, 1 for its last.
         reduce: means a 0-d loss over all ranks, so that they all damp alike.
+        in_backward: step within the backward pass, of one process.
     """
+    from ars_kit.backward import InBackward  # noqa: PLC0415 -- torch is slow to import
     from ars_kit.damping import DampedOptimizer  # noqa: PLC0415 -- torch is slow to import
 
     _, base = _wrapper_and_base(host, settings)
     optimizer = host.make("optimizers", base, list(groups), lr=lr)
     gates = build_gates(host, settings, position=position)
-    return DampedOptimizer(optimizer, gates, reduce=reduce, owners=_owners(host, settings, gates))
+    owners = _owners(host, settings, gates)
+    if in_backward:
+        return InBackward(optimizer, gates, owners=owners)
+    return DampedOptimizer(optimizer, gates, reduce=reduce, owners=owners)
 
 
 def make_base(host: Host, settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Any:
@@ -113,13 +122,50 @@ def make_base(host: Host, settings: OptimizerSettings, groups: list[dict[str, An
 def under_recipe(host: Host, settings: OptimizerSettings, recipe: Recipe) -> OptimizerSettings:
     """Return the optimizer with the base that a memory recipe puts in the place of its own.
 
+    A wrapper that can judge the loss alone is told to where no gradients will be there to look at.
+
     Raises:
         ConfigError: the base and the recipe contradict each other.
     """
     wrapper, base = _wrapper_and_base(host, settings)
     if wrapper is None:
         return replace(settings, name=recipe.base(base))
-    return replace(settings, base=recipe.base(base))
+    if recipe.in_backward and LOSS_ONLY in signature_of(
+        host.listing("wrappers", wrapper.name).offer.make
+    ):
+        wrapper = Choice(wrapper.name, {LOSS_ONLY: True, **wrapper.settings})
+    return replace(settings, name=wrapper, base=recipe.base(base))
+
+
+def check_loss_only(host: Host, settings: OptimizerSettings, recipe: Recipe) -> None:
+    """Refuse gates that look at gradients, for a recipe under which these never stand together.
+
+    Args:
+        host: the installed plugins.
+        settings: as :func:`under_recipe` returns them.
+        recipe: the one.
+
+    Raises:
+        ConfigError: there is such a gate.
+        PluginError: a gate fails in the trial.
+    """
+    from ars_kit.backward import looks_at_gradients  # noqa: PLC0415 -- torch is slow to import
+
+    gates = build_gates(host, settings, position=0.0)
+    owners = _owners(host, settings, gates)
+    for name, gate in gates.items():
+        try:
+            looks = looks_at_gradients(gate)
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"damping gate {name!r} of plugin {owners[name]} failed in a trial: {error!r}"
+            ) from error
+        if looks:
+            raise ConfigError(
+                f"damping gate {name!r} looks at all gradients together, which never stand in "
+                f"memory under --memory {recipe.name}: each parameter is stepped as its gradient "
+                f"arrives; use --without {name}, or --memory lean"
+            )
 
 
 def _owners(host: Host, settings: OptimizerSettings, gates: Iterable[str]) -> dict[str | None, str]:

@@ -142,6 +142,9 @@ class StepSignal:
             float32, in [-1, 1]. Negative: the steps so far went past the lowest point in their
             direction. NaN where the base keeps no first moment. Computed once a step however many
             gates ask; costs one read of the gradients and two of the moments.
+        gradients: whether norms and alignment can be called. False where parameters are stepped
+            within the backward pass (``--memory tiny``), so that never all gradients are there: a
+            gate that calls them all the same is refused.
     """
 
     step: int
@@ -153,6 +156,7 @@ class StepSignal:
     last_damping: Tensor
     norms: Callable[[], Tensor]
     alignment: Callable[[], Tensor]
+    gradients: bool = True
 
 
 class Damping(NamedTuple):
@@ -176,7 +180,9 @@ class DampingGate(Protocol):
 
     A call returns a 0-d float32 tensor in [0, 1] (1: undamped) or a :class:`Damping`. It must not
     synchronise with the host (no ``.item()``, ``float()``, ``if tensor:``) and must keep O(1)
-    memory. A plain tensor multiplies the gradient unless the class says ``acts_on = "step"``.
+    memory. A plain tensor multiplies the gradient unless the class says ``acts_on = "step"``. One
+    whose class says ``finite_only = True`` lets no gradient pass that is not finite: where
+    ``StepSignal.gradients`` is False the optimizer looks at each parameter's for it.
 
     A gate may say why: ``explain() -> Mapping[str, Tensor]``, called after each step's answer,
     returns 0-d tensors under names that stay the same; they stand beside the gate's factor in

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ars_kit.backward import InBackward
 from ars_kit.compiling import compiled
 from ars_kit.errors import ArsKitError, Interrupted, PluginError, Preempted
 from ars_kit.keeping import go_back, judge_heldout, keep, log, resume, save
@@ -39,7 +40,8 @@ def train_member(job: Trainee) -> None:
     done = resume(job)
     if done >= job.plan.steps:
         return
-    if job.recovery.watch is not None and done == 0:
+    # A step that runs out of memory within the backward pass leaves parameters of two kinds.
+    if done == 0 and (job.recovery.watch is not None or isinstance(job.optimizer, InBackward)):
         save(job, 0)
     with compiled(job.model) if job.settings.train.compile else nullcontext():
         _train_from(job, done)
@@ -55,7 +57,9 @@ def _train_from(job: Trainee, done: int) -> None:
         judge_heldout(job, done)
     while done < plan.steps:
         with what_breaks(job, done):
-            train_step(job, wrapped, done)
+            if not train_step(job, wrapped, done):
+                done = undo(job, done)
+                continue
         done += 1
         asked = _asked_to_stop(job, done)
         saving = done % run.save_every == 0 or done == plan.steps or asked
@@ -73,8 +77,12 @@ def _train_from(job: Trainee, done: int) -> None:
             )
 
 
-def train_step(job: Trainee, wrapped: Any, step: int) -> None:
-    """Do one optimizer step. Nothing in here waits for the device."""
+def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
+    """Do one optimizer step. Nothing in here waits for the device.
+
+    Returns:
+        False where memory ran out once parameters had been stepped: the step cannot be repeated.
+    """
     train = job.settings.train
     factor = lr_factor(
         step,
@@ -88,6 +96,8 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
     follow_hints(job.optimizer, step)
     place = step + job.recovery.passed_over
     while not _fits(job, wrapped, step, place):
+        if not job.optimizer.intact:
+            return False
         halve(job, step)
     job.optimizer.step()
     job.optimizer.zero_grad()
@@ -97,6 +107,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> None:
         job.meter.loss_flops += job.teaching.after(step)
         job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
+    return True
 
 
 def _fits(job: Trainee, wrapped: Any, step: int, place: int) -> bool:
@@ -118,7 +129,8 @@ def _fits(job: Trainee, wrapped: Any, step: int, place: int) -> bool:
                 job.optimizer.observe(loss / parts)
                 if last:
                     job.optimizer.send()
-                accelerator.backward(objective / parts)
+                with _stepping(job, last=last):
+                    accelerator.backward(objective / parts)
             spent += flops * accelerator.num_processes
     except torch.OutOfMemoryError:
         if finer(job) is None:
@@ -126,6 +138,12 @@ def _fits(job: Trainee, wrapped: Any, step: int, place: int) -> bool:
         return False  # what the attempt holds is let go with the error
     job.meter.loss_flops += spent
     return True
+
+
+def _stepping(job: Trainee, *, last: bool) -> AbstractContextManager[None]:
+    """Return what the last backward pass of a step is done in."""
+    optimizer = job.optimizer
+    return optimizer.in_backward() if last and isinstance(optimizer, InBackward) else nullcontext()
 
 
 def finer(job: Trainee) -> int | None:
@@ -148,13 +166,44 @@ def halve(job: Trainee, step: int) -> None:
     parts = finer(job)
     assert parts is not None  # noqa: S101 -- where there is none the error went on
     job.optimizer.forget()
+    _divide(job, parts, f"ran out of memory at step {step}; goes on")
+
+
+def undo(job: Trainee, step: int) -> int:
+    """Go back to the newest state, whose parameters are all of one step; returns its step.
+
+    Batches are read in smaller parts from there on. The state is kept anew with that, so that a
+    run that is killed does not come to the same place again.
+    """
+    parts = finer(job)
+    assert parts is not None  # noqa: S101 -- where there is none the error went on
+    job.optimizer.drain()  # what was recorded since is done again
+    job.optimizer.forget()
+    job.meter.pause(job.accelerator.device)
+    meter = job.meter.state_dict()  # what is undone has cost its time and tokens all the same
+    back = resume(job)
+    job.optimizer.intact = True
+    job.meter.load_state_dict(meter)
+    _divide(
+        job,
+        parts,
+        f"ran out of memory in the middle of step {step}, when some parameters had been stepped; "
+        f"goes on from the state after step {back}",
+    )
+    save(job, back)
+    return back
+
+
+def _divide(job: Trainee, parts: int, what: str) -> None:
+    """Read batches in so many parts, and say so."""
     job.split(parts)
-    if job.accelerator.device.type == "cuda":
+    device = job.accelerator.device
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # pieces of the larger size are of no use to the smaller one
     sequences = job.settings.train.batch_size // parts
     job.watcher.aside(
-        f"{job.plan.name}: {job.accelerator.device} ran out of memory at step {step}; goes on with "
-        f"--accumulation {parts}, {sequences} sequence{'s' * (sequences > 1)} at a time"
+        f"{job.plan.name}: {device} {what} with --accumulation {parts}, {sequences} "
+        f"sequence{'s' * (sequences > 1)} at a time"
     )
 
 
@@ -171,9 +220,11 @@ def what_breaks(job: Trainee, step: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         # One process has divided the batch already, as finely as it can.
         divide = "raise --accumulation, or " if job.accelerator.num_processes > 1 else ""
+        least = isinstance(job.optimizer, InBackward)
+        lean = "" if least else ", or take --memory lean"
         raise ArsKitError(
             f"{job.accelerator.device} ran out of memory at step {step} of {job.plan.name}: "
-            f"{divide}lower --batch-size or --sequence-length, or take --memory lean; "
+            f"{divide}lower --batch-size or --sequence-length{lean}; "
             f"{what_is_kept(job)}"
         ) from error
 

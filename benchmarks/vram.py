@@ -21,13 +21,14 @@ import torch
 from transformers import PretrainedConfig, Qwen2Config, __version__
 
 from ars_kit.adapters import Adapters
+from ars_kit.backward import InBackward
 from ars_kit.figures import device_name
 from ars_kit.footprint import LiveBytes, Work, footprint
 from ars_kit.host import Host
 from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
 from ars_kit.models import build, count_parameters, parameter_groups
-from ars_kit.optim import make_base, under_recipe
+from ars_kit.optim import build_optimizer, make_base, under_recipe
 from ars_kit.schema import parse_choice
 from ars_kit.settings import Settings
 from ars_kit.shapes import embedded_config
@@ -98,7 +99,7 @@ def _steps(
         Adapters(model, lora)
     model.train()
     groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
-    optimizer = make_base(host, under_recipe(host, Settings().optimizer, recipe), groups)
+    optimizer = _optimizer(host, recipe, groups)
     loss_of = ChunkedLoss(model) if recipe.chunked else whole_loss
     bf16 = device.type == "cuda" and not recipe.bf16_weights
     for _ in range(2):
@@ -106,9 +107,22 @@ def _steps(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits, loss = loss_of(model, window)
         del logits
-        loss.backward()
+        if isinstance(optimizer, InBackward):
+            optimizer.observe(loss)
+            with optimizer.in_backward():
+                loss.backward()
+        else:
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _optimizer(host: Host, recipe: Recipe, groups: list[dict[str, Any]]) -> Any:
+    """Return the bare base, or what steps it within the backward pass, with its gates."""
+    settings = under_recipe(host, Settings().optimizer, recipe)
+    if recipe.in_backward:
+        return build_optimizer(host, settings, groups, lr=1e-3, position=0.0, in_backward=True)
+    return make_base(host, settings, groups)
 
 
 def row(

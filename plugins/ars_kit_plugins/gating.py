@@ -36,11 +36,18 @@ class TensorState:
 
 
 class Guard(TensorState):
-    """Skip a step whose loss or gradient is not finite: weights and moments stay untouched."""
+    """Skip a step whose loss or gradient is not finite: weights and moments stay untouched.
+
+    Where parameters are stepped within the backward pass, each is skipped for its own gradient.
+    """
+
+    finite_only = True
 
     def __call__(self, signal: StepSignal) -> Damping:
         """Return the skip flag."""
-        finite = signal.loss.isfinite() & signal.norms().isfinite().all()
+        finite = signal.loss.isfinite()
+        if signal.gradients:
+            finite = finite & signal.norms().isfinite().all()
         return Damping(skip=~finite)
 
 
@@ -190,7 +197,8 @@ class EntropyGuard(TensorState):
     On: Ψ <- max(floor, 0.7 Ψ). Off: Ψ <- min(1, 1.02^8 Ψ), but not while three quarters of the
     gradients looked at still point against the steps.
 
-    ``threshold`` maps to alpha = 2e-3 * 10^((0.5 - threshold) / 0.25).
+    ``threshold`` maps to alpha = 2e-3 * 10^((0.5 - threshold) / 0.25). Without ``overshoot``, or
+    where parameters are stepped within the backward pass, the losses alone are judged.
     """
 
     remembers: ClassVar[tuple[str, ...]] = (
@@ -208,11 +216,14 @@ class EntropyGuard(TensorState):
     period: Tensor
     overshoot: Tensor
 
-    def __init__(self, *, threshold: float = 0.5, floor: float = 0.1) -> None:
+    def __init__(
+        self, *, threshold: float = 0.5, floor: float = 0.1, overshoot: bool = True
+    ) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must lie in [0, 1], not {floor}")
         self.test = PeriodTest(min(1.0, 2e-3 * 10 ** ((0.5 - threshold) / 0.25)))
         self.floor = floor
+        self.looks = overshoot
         self.window: Tensor | None = None
 
     def __call__(self, signal: StepSignal) -> Tensor:
@@ -227,7 +238,7 @@ class EntropyGuard(TensorState):
             self.evidence = self.period = torch.full((), torch.nan, device=loss.device)
             self.overshoot = torch.zeros((), device=loss.device)
         self.window = _remember(self.window, loss, signal.skip)
-        if _looked_at(signal.step):
+        if self.looks and signal.gradients and _looked_at(signal.step):
             self.turns = _remember(self.turns, signal.alignment(), signal.skip)
         if signal.step % self.EVERY == self.EVERY - 1:
             self._judge(self.window)

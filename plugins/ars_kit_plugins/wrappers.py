@@ -9,7 +9,8 @@ def ars_gates(
     *,
     entropy_threshold: float = 0.5,
     surprise_damping: float = 0.1,
-    norm_memory: bool = True,
+    norm_memory: bool | None = None,
+    loss_only: bool = False,
     jitter: float = 0.0,
     seed: int = 0,
 ) -> dict[str, DampingGate]:
@@ -18,7 +19,9 @@ def ars_gates(
     Args:
         entropy_threshold: of the Entropy Guard; alpha = 2e-3 at 0.5, ten times more per 0.25 less.
         surprise_damping: of the Surprise Gate; at 0.1 its factor is (limit / surprise)^2.
-        norm_memory: give each gradient the norm it has had of late.
+        norm_memory: give each gradient the norm it has had of late; none: unless loss_only.
+        loss_only: judge the loss alone, which is known before there are gradients: no norm memory,
+            and no overshoot for the Entropy Guard. So under --memory tiny.
         jitter: standard deviation of Chronos-Jitter's log-normal noise; 0 leaves it out.
         seed: of the jitter.
     """
@@ -28,9 +31,13 @@ def ars_gates(
         "guard": gating.Guard(),
         "surprise": gating.SurpriseGate(damping=surprise_damping),
     }
+    if norm_memory and loss_only:
+        raise ValueError("norm_memory looks at gradients, which loss_only rules out")
+    if norm_memory is None:
+        norm_memory = not loss_only
     if norm_memory:
         gates["norm-memory"] = gating.NormMemory()
-    gates["entropy"] = gating.EntropyGuard(threshold=entropy_threshold)
+    gates["entropy"] = gating.EntropyGuard(threshold=entropy_threshold, overshoot=not loss_only)
     if jitter:
         gates["jitter"] = gating.ChronosJitter(scale=jitter, seed=seed)
     return gates
