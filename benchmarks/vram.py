@@ -39,7 +39,7 @@ LARGE = {
     "max_position_embeddings": 32_768, "tie_word_embeddings": False,
 }  # fmt: skip
 """Qwen2.5-7B."""
-SMALL = ((2, 64, 128), (4, 128, 128), (4, 128, 512))
+SMALL = ((2, 64, 128), (4, 128, 128), (4, 128, 512), (8, 256, 32))
 """Layers, width, tokens of a sequence."""
 
 

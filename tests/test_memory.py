@@ -17,6 +17,7 @@ from ars_kit import fitting
 from ars_kit.errors import ConfigError
 from ars_kit.fitting import fitted_plan, foreseen, require_fit
 from ars_kit.footprint import LiveBytes
+from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
 from ars_kit.models import build
@@ -265,6 +266,11 @@ def test_a_batch_too_large_is_refused_with_what_would_fit(host: Host, looked: Ru
         ({"train.precision": "fp32"}, "keeps weights in bf16; leave --precision fp32 out"),
         ({"optimizer.base": "sgd"}, "which base optimizer 'sgd' cannot"),
         ({"optimizer.name": "sgd"}, "which base optimizer 'sgd' cannot"),
+        ({"optimizer.gates": "clip"}, "'clip' looks at all gradients together.*--without clip"),
+        ({"optimizer.gates": "norm-memory"}, "'norm-memory' looks at all gradients together"),
+        ({"optimizer.name": "adamw", "optimizer.gates": "clip"}, "'clip' looks at all gradients"),
+        ({"optimizer.name": "ars:norm_memory=true"}, "loss_only rules out"),
+        ({"optimizer.name": "ars:loss_only=false"}, "'norm-memory' looks at all gradients"),
     ],
 )
 def test_what_contradicts_tiny_is_refused_before_training(
@@ -273,6 +279,53 @@ def test_what_contradicts_tiny_is_refused_before_training(
     plan = planned(host, text_folder, **{"train.memory": "tiny", **flags})
     with pytest.raises(ConfigError, match=message):
         fitted_plan(plan, host, tmp_path)
+
+
+def test_several_processes_are_refused_tiny_and_auto_does_not_take_it(
+    host: Host, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="use --memory lean, or one process"):
+        fitted_plan(planned(host, text_folder, **{"train.memory": "tiny"}), host, tmp_path)
+    plan = replace(planned(host, text_folder), memory_available=1000)
+    assert fitted_plan(plan, host, tmp_path).recipe.name == "lean"
+
+
+def test_auto_does_not_take_tiny_where_a_gate_looks_at_gradients(
+    host: Host, text_folder: Path, tmp_path: Path
+) -> None:
+    plan = planned(host, text_folder, **{"optimizer.gates": "clip"})
+    found = fitted_plan(replace(plan, memory_available=1000), host, tmp_path)
+    assert found.recipe.name == "lean"
+    assert list(found.footprints) == ["full", "lean"]
+
+
+def test_stepping_within_the_backward_pass_is_foreseen_to_save_the_gradients(
+    host: Host, looked: RunPlan
+) -> None:
+    member, tiny = looked.members[0], RECIPES["tiny"]
+    plan = replace(looked, device="cuda")  # where an optimizer's own temporaries do not count
+    usual = foreseen(plan, host, member, replace(tiny, in_backward=False))
+    within = foreseen(plan, host, member, tiny)
+    assert within.gradients < 0.3 * usual.gradients  # of the largest tensor alone
+    saved = usual.peak - within.peak
+    assert 0.3 * usual.gradients < saved < usual.gradients
+    parts = foreseen(plan, host, member, tiny, 2)
+    # Of two micro-batches the gradients of the first stand.
+    assert parts.gradients == pytest.approx(usual.gradients, rel=0.01)
+
+
+def test_tiny_without_ars_judges_the_loss_and_each_gradient(home: Home, tmp_path: Path) -> None:
+    from ars_kit.runs import execute
+
+    host, text_folder, cache = home
+    flags = {"train.memory": "tiny", "optimizer.name": "adamw", "train.iterations": (4, 2)}
+    plan = fitted_plan(planned(host, text_folder, **flags), host, tmp_path / "run")
+    metrics, _ = execute(plan, host, tmp_path / "run", cache, watcher=Quiet())
+    assert list(metrics[0]["gates"]) == ["guard"]
+    rows = read_history(tmp_path / "run" / "d3" / "history.jsonl")
+    assert [row["dropped"] for row in rows] == [0.0] * 12
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_where_weights_are_sharded_nothing_is_foreseen_and_other_recipes_are_refused(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import Quiet
 
-from ars_kit import memory
+from ars_kit import backward, memory
 from ars_kit.errors import ArsKitError
+from ars_kit.fitting import fitted_plan
 from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.plan import plan_run
@@ -65,9 +66,10 @@ class Runs:
             **{f"train.{key}": value for key, value in train.items()},
         }  # fmt: skip
         host, watcher = Host.installed(), Listening()
-        plan = plan_run(resolve(flags, {}), host)
+        plan = fitted_plan(plan_run(resolve(flags, {}), host), host, self.folder / name)
         metrics, _ = execute(plan, host, self.folder / name, self.cache, watcher=watcher)
-        return metrics, self.folder / name, watcher.lines
+        lines = [line for line in watcher.lines if "ran out of memory" in line]
+        return metrics, self.folder / name, lines
 
 
 @pytest.fixture
@@ -123,3 +125,95 @@ def test_one_sequence_that_does_not_fit_ends_the_run(run: Runs) -> None:
 def test_a_batch_that_is_odd_is_divided_as_it_can_be(run: Runs, batch: int, parts: int) -> None:
     metrics, _, _ = run("odd", Device(batch - 1), batch_size=batch)
     assert metrics[0]["accumulation"] == parts
+
+
+class Full:
+    """Has no room for a parameter's step, the third of a batch larger than it has room for."""
+
+    def __init__(self, device: Device, patch: pytest.MonkeyPatch, *, step: int) -> None:
+        self.device, self.step, self.asked, self.stepped = device, step, 0, 0
+        self.alone = backward.step_alone
+        patch.setattr(backward, "step_alone", self)
+        patch.setattr(memory.ChunkedLoss, "agrees", lambda _: False)  # the loss is the device's
+
+    def __call__(self, *args: Any) -> None:
+        if self.asked != self.device.asked:
+            self.asked, self.stepped = self.device.asked, 0
+        self.stepped += 1
+        if self.asked == self.step + 1 and self.stepped == 3:
+            raise torch.OutOfMemoryError
+        self.alone(*args)
+
+
+BROKEN = (
+    "ran out of memory in the middle of step 3, when some parameters had been stepped; goes on "
+    "from the state after step 2"
+)
+TINY: dict[str, Any] = {"memory": "tiny"}
+
+
+def test_parameters_that_were_stepped_are_those_of_the_newest_state_again(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(8)
+    Full(device, monkeypatch, step=3)
+    metrics, out, lines = run("broken", device, **TINY)
+    assert lines == [f"d2: cpu {BROKEN} with --accumulation 2, 4 sequences at a time"]
+    assert [m["accumulation"] for m in metrics] == [2, 2]
+    # As if step 2 had not fitted: then nothing was stepped, and it is begun anew by itself.
+    _, whole, _ = run("begun", Device(4, since=2), **TINY)
+    for member in ("d2", "d3"):
+        assert losses(out, member) == losses(whole, member)
+        assert weights(out, member) == weights(whole, member)
+    assert metrics[0]["tokens"] == 10 * 8 * 16  # what was undone was trained on, too
+
+
+def test_the_first_step_can_be_begun_anew_from_the_birth(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(8)
+    Full(device, monkeypatch, step=0)
+    _, out, lines = run("broken", device, **TINY)
+    assert "goes on from the state after step 0" in lines[0]
+    _, asked, _ = run("asked", Device(8), accumulation=2, **TINY)
+    assert losses(out, "d2") == losses(asked, "d2")
+    assert weights(out, "d2") == weights(asked, "d2")
+
+
+def test_a_run_killed_after_it_has_gone_back_does_not_go_back_again(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(8, dies=6)  # in the first step of two micro-batches
+    Full(device, monkeypatch, step=3)
+    with pytest.raises(KilledError):
+        run("killed", device, **TINY)
+    _, out, lines = run("killed", Device(8), **TINY)
+    assert not lines
+    _, whole, _ = run("begun", Device(4, since=2), **TINY)
+    assert losses(out, "d2") == losses(whole, "d2")
+    assert weights(out, "d3") == weights(whole, "d3")
+
+
+def test_a_run_under_tiny_that_was_killed_ends_with_the_same_bits(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.ChunkedLoss, "agrees", lambda _: False)
+    with pytest.raises(KilledError):
+        run("killed", Device(8, dies=7), **TINY)
+    _, out, _ = run("killed", Device(8), **TINY)
+    _, whole, _ = run("whole", Device(8), **TINY)
+    for member in ("d2", "d3"):
+        assert losses(out, member) == losses(whole, member)
+        assert weights(out, member) == weights(whole, member)
+
+
+def test_one_sequence_that_does_not_fit_ends_a_run_under_tiny(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.ChunkedLoss, "agrees", lambda _: False)
+    with pytest.raises(ArsKitError, match="lower --batch-size or --sequence-length; the state"):
+        run("none", Device(0, since=5), **TINY)
+
+
+def weights(out: Path, member: str) -> bytes:
+    return (out / member / "model.safetensors").read_bytes()
