@@ -121,8 +121,8 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
             f"a {model.config.model_type} cannot keep the documents of a sequence apart; leave "
             "--document-mask out"
         )
+    memory.prepare(model, recipe)  # first: weights in fp32 may be more than the device holds
     model.to(accelerator.device)
-    memory.prepare(model, recipe)
     member, adapters = _adapted(family, member, born, cradle.who)
     shard(accelerator, model)
     if is_sharded(model):

@@ -16,6 +16,7 @@ from ars_kit.footprint import Footprint, Work, footprint
 from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.memory import RECIPES, Recipe, RecipeName
 from ars_kit.optim import check_loss_only, check_optimizer, make_base, under_recipe
+from ars_kit.ranks import require_alone
 from ars_kit.records import PLAN_RECORD
 from ars_kit.store import RunFolder
 
@@ -150,11 +151,7 @@ def _check(plan: RunPlan, host: Host, name: RecipeName) -> None:
     recipe, train = RECIPES[name], plan.settings.train
     if recipe.bf16_weights and train.precision == "fp32":
         raise ConfigError("--memory tiny keeps weights in bf16; leave --precision fp32 out")
-    if recipe.in_backward and get_int_from_env(PROCESSES, 1) > 1:
-        raise ConfigError(
-            f"--memory {name} steps parameters within the backward pass, before several processes "
-            "could agree on their gradients; use --memory lean, or one process"
-        )
+    require_alone(recipe, get_int_from_env(PROCESSES, 1))
     optimizer = under_recipe(host, plan.settings.optimizer, recipe)
     check_optimizer(host, optimizer)
     if recipe.in_backward:

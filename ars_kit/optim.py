@@ -164,7 +164,7 @@ def check_loss_only(host: Host, settings: OptimizerSettings, recipe: Recipe) -> 
             raise ConfigError(
                 f"damping gate {name!r} looks at all gradients together, which never stand in "
                 f"memory under --memory {recipe.name}: each parameter is stepped as its gradient "
-                f"arrives; use --without {name}, or --memory lean"
+                f"arrives; leave it out (--no-gate {name}), or use --memory lean"
             )
 
 

@@ -24,6 +24,7 @@ from ars_kit.sharding import is_sharded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ars_kit.memory import Recipe
     from ars_kit.plan import RunPlan
     from ars_kit.settings import Settings
 
@@ -35,13 +36,15 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     """Return the accelerator the plan asks for; under a launcher it joins the others.
 
     Raises:
-        ConfigError: the launcher asks for an engine that is not supported.
+        ConfigError: the launcher asks for an engine that is not supported, or for several
+            processes under a recipe for one.
     """
     # Weights in bf16 compute in it by themselves.
     autocast = plan.precision == "bf16" and not plan.recipe.bf16_weights
     accelerator = Accelerator(
         cpu=plan.device == "cpu", mixed_precision="bf16" if autocast else "no"
     )
+    require_alone(plan.recipe, accelerator.num_processes)
     if plan.device == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         _shard_on_cpu(accelerator)
     if accelerator.distributed_type in {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}:
@@ -83,6 +86,19 @@ def require_equal_parts(settings: Settings, processes: int) -> None:
         raise ConfigError(
             f"train.batch_size {train.batch_size} cannot be split into {train.accumulation} "
             f"micro-batches on each of {processes} processes"
+        )
+
+
+def require_alone(recipe: Recipe, processes: int) -> None:
+    """Refuse a recipe that several processes cannot train under.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if recipe.in_backward and processes > 1:
+        raise ConfigError(
+            f"--memory {recipe.name} steps parameters within the backward pass, before several "
+            "processes could agree on their gradients; use --memory lean, or one process"
         )
 
 

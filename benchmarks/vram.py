@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,12 @@ def measure(
     place = torch.device(device)
     if place.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(place)
-        _steps(config, recipe, shape, place, host, lora)
+        for _ in _steps(config, recipe, shape, place, host, lora):
+            torch.cuda.reset_peak_memory_stats(place)
         return int(torch.cuda.max_memory_allocated(place))
     with LiveBytes() as live:
-        _steps(config, recipe, shape, place, host, lora)
+        for _ in _steps(config, recipe, shape, place, host, lora):
+            live.peak = live.now
     return live.peak
 
 
@@ -91,7 +93,8 @@ def _steps(
     device: torch.device,
     host: Host,
     lora: Lora | None,
-) -> None:
+) -> Iterator[None]:
+    """Yield once the model is made, whose weights were fp32 first; then take two steps."""
     with device:  # random weights of 7B parameters would not fit many a host twice
         model = build(config, seed=0)
     prepare(model, recipe)
@@ -102,6 +105,7 @@ def _steps(
     optimizer = _optimizer(host, recipe, groups)
     loss_of = ChunkedLoss(model) if recipe.chunked else whole_loss
     bf16 = device.type == "cuda" and not recipe.bf16_weights
+    yield
     for _ in range(2):
         window = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

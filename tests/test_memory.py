@@ -266,7 +266,7 @@ def test_a_batch_too_large_is_refused_with_what_would_fit(host: Host, looked: Ru
         ({"train.precision": "fp32"}, "keeps weights in bf16; leave --precision fp32 out"),
         ({"optimizer.base": "sgd"}, "which base optimizer 'sgd' cannot"),
         ({"optimizer.name": "sgd"}, "which base optimizer 'sgd' cannot"),
-        ({"optimizer.gates": "clip"}, "'clip' looks at all gradients together.*--without clip"),
+        ({"optimizer.gates": "clip"}, "'clip' looks at all gradients together.*--no-gate clip"),
         ({"optimizer.gates": "norm-memory"}, "'norm-memory' looks at all gradients together"),
         ({"optimizer.name": "adamw", "optimizer.gates": "clip"}, "'clip' looks at all gradients"),
         ({"optimizer.name": "ars:norm_memory=true"}, "loss_only rules out"),

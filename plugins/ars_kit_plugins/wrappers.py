@@ -32,7 +32,9 @@ def ars_gates(
         "surprise": gating.SurpriseGate(damping=surprise_damping),
     }
     if norm_memory and loss_only:
-        raise ValueError("norm_memory looks at gradients, which loss_only rules out")
+        raise ValueError(
+            "norm_memory looks at gradients, which loss_only rules out (as --memory tiny does)"
+        )
     if norm_memory is None:
         norm_memory = not loss_only
     if norm_memory:
