@@ -57,7 +57,7 @@ def _train_from(job: Trainee, done: int) -> None:
         judge_heldout(job, done)
     while done < plan.steps:
         with what_breaks(job, done):
-            if not train_step(job, wrapped, done):
+            if train_step(job, wrapped, done):
                 done = undo(job, done)
                 continue
         done += 1
@@ -81,7 +81,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
     """Do one optimizer step. Nothing in here waits for the device.
 
     Returns:
-        False where memory ran out once parameters had been stepped: the step cannot be repeated.
+        Whether memory ran out once parameters had been stepped: the step cannot be repeated.
     """
     train = job.settings.train
     factor = lr_factor(
@@ -97,7 +97,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
     place = step + job.recovery.passed_over
     while not _fits(job, wrapped, step, place):
         if not job.optimizer.intact:
-            return False
+            return True
         halve(job, step)
     job.optimizer.step()
     job.optimizer.zero_grad()
@@ -107,7 +107,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
         job.meter.loss_flops += job.teaching.after(step)
         job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
-    return True
+    return False
 
 
 def _fits(job: Trainee, wrapped: Any, step: int, place: int) -> bool:
