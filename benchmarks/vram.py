@@ -165,9 +165,14 @@ def main() -> None:
     large = Qwen2Config(**LARGE)
     for name, recipe in RECIPES.items():
         shape = (1, 2048)
-        facts = foresee(large, recipe, shape, "cuda", host, lora)
-        peak = measure(large, recipe, shape, options.device, host, lora) if options.large else None
-        rows.append(row("Qwen2.5-7B", large, (1, 2048), recipe=name, measured=peak, **facts))
+        facts: dict[str, Any] = foresee(large, recipe, shape, "cuda", host, lora)
+        peak = None
+        if options.large:
+            try:
+                peak = measure(large, recipe, shape, options.device, host, lora)
+            except torch.OutOfMemoryError:  # which is a finding; the next recipe takes less
+                facts["ran_out"] = True
+        rows.append(row("Qwen2.5-7B", large, shape, recipe=name, measured=peak, **facts))
         print(rows[-1])
     result = {
         "environment": {
