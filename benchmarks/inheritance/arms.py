@@ -128,7 +128,7 @@ ARMS = {
     "duplicate": Arm("blocks doubled in place", lineage(0.3), "duplicate", ONCE),
     "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (0.8, 1.0, 1.05)),
     "even-halves": Arm(
-        "likewise, block and copy at half", lineage(0.0), "duplicate:share=0.5", (0.8, 1.0, 1.05)
+        "likewise, block and copy at half", lineage(0.0), "duplicate:share=0.5", (0.8, 1.0)
     ),
     "distill": Arm("lineage, the parent teaches", lineage(0.3), "distill", ONCE),
 }
