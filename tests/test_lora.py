@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from ars_kit import adapters as adapters_module
 from ars_kit.adapters import Adapters, last_blocks, share_of
+from ars_kit.backward import InBackward
 from ars_kit.cli import cli
 from ars_kit.compiling import compiled
 from ars_kit.controls import plan_controls
@@ -281,11 +283,14 @@ def test_the_memory_is_foreseen(text_folder: Path, host: Host, name: Any, new: i
         model.train()
         groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
         optimizer = make_base(host, under_recipe(host, plan.settings.optimizer, recipe), groups)
+        within = recipe.in_backward
+        optimizer = InBackward(optimizer, {}) if within else optimizer
         loss_of = ChunkedLoss(model) if recipe.chunked else whole_loss
         for _ in range(2):
             logits, loss = loss_of(model, torch.zeros((4, 33), dtype=torch.int64))
             del logits
-            loss.backward()
+            with optimizer.in_backward() if within else nullcontext():
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     assert expected.peak == pytest.approx(live.peak, rel=0.1)
