@@ -23,7 +23,7 @@ from ars_kit.cli import cli
 from ars_kit.durable import check_directory
 from ars_kit.errors import ArsKitError, ConfigError, ParityError
 from ars_kit.host import Host, Plugin
-from ars_kit.schema import Choice
+from ars_kit.schema import Choice, parse_choice
 from ars_kit.spec import Engine, Offer, Service, hookimpl
 from ars_kit_serving.checkpoints import open_checkpoint
 from ars_kit_serving.decoder import OnnxExporter
@@ -48,6 +48,7 @@ def export(path: Path, target: Path, form: Choice, host: Host | None = None) -> 
 
 Exported = tuple[Path, Path, dict[str, Any]]
 KINDS = {"qwen2": "onnx", "gpt2": "onnx", "qwen3": "genai"}
+FLOATING = ("past.", "present.", "logits")
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +384,38 @@ def test_large_weights_lie_beside_the_graph_and_llama_computes_the_same(
     assert "model.onnx.data" in " ".join(check_directory(target))
 
 
-def test_halves_of_another_architecture_stay_within_their_bound(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "least", "bound", "kind"),
+    [("fp32", 0.0, 1e-4, onnx.TensorProto.FLOAT), ("fp16", 1e-4, 0.02, onnx.TensorProto.FLOAT16)],
+)
+def test_qwen3_stays_within_the_bound_of_its_precision(
+    tmp_path: Path, precision: str, least: float, bound: float, kind: int
+) -> None:
     path = make_checkpoint(tmp_path / "qwen3", "qwen3")
-    facts = export(path, tmp_path / "halves", Choice("onnx", {"precision": "fp16"}))
-    assert 1e-4 < facts["largest_difference"] <= facts["allowed"] == 0.02 * facts["largest_logit"]
-    graph = onnx.load(str(tmp_path / "halves" / "model.onnx")).graph
-    kinds = {weight.data_type for weight in graph.initializer if len(weight.dims) == 2}
-    assert kinds == {onnx.TensorProto.FLOAT16}
+    facts = export(path, tmp_path / "out", Choice("onnx", {"precision": precision}))
+    assert (
+        least <= facts["largest_difference"] <= facts["allowed"] == bound * facts["largest_logit"]
+    )
+    assert facts["greedy"]["equal"] + facts["greedy"]["ties"] == 4
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    assert {weight.data_type for weight in graph.initializer if len(weight.dims) == 2} == {kind}
+    fed = [node for node in (*graph.input, *graph.output) if node.name.startswith(FLOATING)]
+    assert len(fed) == 4 + 4 + 1  # keys and values of two layers, in and out, and the logits
+    assert {node.type.tensor_type.elem_type for node in fed} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("form", "offered"),
+    [
+        ("onnx:precision=bf16", "fp32, fp16"),
+        ("genai:precision=fp16", "fp32, int4"),
+        ("genai:precision=bf16", "fp32, int4"),
+    ],
+)
+def test_a_precision_that_the_target_cannot_run_is_refused_before_anything_is_made(
+    checkpoint: Path, tmp_path: Path, form: str, offered: str
+) -> None:
+    wanted = form.partition("=")[2]
+    with pytest.raises(ConfigError, match=f"precision must be one of {offered}, not '{wanted}'"):
+        export(checkpoint, tmp_path / "x", parse_choice(form))
+    assert list(tmp_path.iterdir()) == []
