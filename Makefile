@@ -24,7 +24,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 kill-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow tests/test_kill.py tests/test_strategy_runs.py
+	$(BIN)/python -m pytest -q -m slow tests/test_kill.py tests/test_strategy_runs.py \
+		tests/test_out_of_memory.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json

@@ -168,6 +168,7 @@ def test_parameters_that_were_stepped_are_those_of_the_newest_state_again(
     assert metrics[0]["tokens"] == 10 * 8 * 16  # what was undone was trained on, too
 
 
+@pytest.mark.slow
 def test_the_first_step_can_be_begun_anew_from_the_birth(
     run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +181,7 @@ def test_the_first_step_can_be_begun_anew_from_the_birth(
     assert weights(out, "d2") == weights(asked, "d2")
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_it_has_gone_back_does_not_go_back_again(
     run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_run_killed_after_it_has_gone_back_does_not_go_back_again(
     assert weights(out, "d3") == weights(whole, "d3")
 
 
+@pytest.mark.slow
 def test_a_run_under_tiny_that_was_killed_ends_with_the_same_bits(
     run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
