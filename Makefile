@@ -75,7 +75,8 @@ stability: $(VENV)/.installed-dev
 # The default family with all its controls, and its report as the example in docs. To take a run that
 # is there already: make report REPORT_RUN=folder REPORT_OPTIONS=--resume
 REPORT_RUN ?= checkpoints
-REPORT_OPTIONS ?= --controls scratch,no-growth,one-long-run,no-ars
+REPORT_OPTIONS ?= --controls scratch,no-growth,one-long-run,no-ars \
+	--eval perplexity --eval bleu --eval generate --eval speed
 report: $(VENV)/.installed
 	$(BIN)/arskit run --out $(REPORT_RUN) $(REPORT_OPTIONS)
 	cp $(REPORT_RUN)/report.md $(REPORT_RUN)/report.html docs/examples/report/
