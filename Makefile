@@ -25,14 +25,14 @@ lint: $(VENV)/.installed-dev
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests/test_kill.py tests/test_strategy_runs.py \
-		tests/test_out_of_memory.py
+		tests/test_out_of_memory.py tests/test_recovery.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 
 serving-bench: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow tests/test_benchmarks.py
+	$(BIN)/python -m pytest -q -m slow tests/test_benchmarks.py tests/test_exporting.py
 	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
 	$(BIN)/python benchmarks/export.py --json benchmarks/results/export.json
 

@@ -481,6 +481,7 @@ def test_a_run_says_how_it_ended_and_how_to_go_on(
     assert len(metrics["rollbacks"]) == went_back
 
 
+@pytest.mark.slow
 def test_two_processes_go_back_together(tiny: list[str], cache: Path, tmp_path: Path) -> None:
     """Sharded; what they have kept in parts, two that hold the whole go on with."""
     out = tmp_path / "run"
