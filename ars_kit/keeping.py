@@ -90,10 +90,7 @@ def _loaded(job: Trainee, step: int | None = None) -> tuple[int, Any] | None:
         }
 
     states = job.folder.states(job.plan.name)
-    if not is_sharded(job.model):
-        return states.load(step=step)
-    found = states.load(step=step, allot=allot)
-    return found and (found[0], allot(found[1]))
+    return states.load(step=step, allot=allot if is_sharded(job.model) else None)
 
 
 def save(job: Trainee, step: int, *, together: bool = True, name: str | None = None) -> None:

@@ -48,11 +48,10 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 def dealt(whole: Tensor, like: Any) -> Tensor:
     """Return this process's part of a tensor, sharded as ``like`` is; all of it where it is not.
 
-    What is not of the shape of ``like``, such as a step count, or is sharded already, is left as it
-    is. Nothing is sent: every process has the whole. Of a meta tensor the part is empty.
+    What is not of the shape of ``like``, such as a step count, is left as it is. Nothing is sent:
+    every process has the whole. Of a meta tensor the part is empty.
     """
-    sharded = hasattr(whole, "device_mesh")
-    if sharded or not hasattr(like, "device_mesh") or whole.shape != like.shape:
+    if not hasattr(like, "device_mesh") or whole.shape != like.shape:
         return whole
     if whole.is_meta:
         return torch.empty_like(like.detach(), dtype=whole.dtype)

@@ -127,9 +127,8 @@ class States:
 
         Args:
             step: the newest of those after so many steps.
-            allot: returns a state whose meta tensors stand for whole ones with room, sharded or
-                not, in their place; every process must then load. Without it each gets the whole.
-                A state that was not kept in parts is whole in any case.
+            allot: returns a whole state, its tensors possibly meta ones, with this process's parts
+                in their place; every process must then load. Without it each gets the whole.
 
         Raises:
             IntegrityError: it is damaged; an older one is never taken instead.
@@ -155,14 +154,13 @@ class States:
                 f"{self.home} to train {self.member} again from its birth"
             )
         skeleton = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        place = allot or _whole
         if sharding.in_parts(newest):
-            tree = sharding.allotted(
-                (allot or _whole)(unpack(sharding.parts_like(newest), skeleton))
-            )
+            tree = sharding.allotted(place(unpack(sharding.parts_like(newest), skeleton)))
             sharding.read_parts(pack(tree)[0], newest, together=allot is not None)
             return header["step"], tree
         tensors = load_file(newest / "state.safetensors")
-        return header["step"], unpack(tensors, skeleton)
+        return header["step"], place(unpack(tensors, skeleton))
 
     def drop(self) -> None:
         """Remove states and working records, all at once."""
