@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 from ars_kit import memory, packing
 from ars_kit.adapters import Adapters, new_tensors, share_of
-from ars_kit.births import Cradle, Newborn, bear, finished, member_seed, plant
+from ars_kit.births import Cradle, Newborn, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
+from ars_kit.dealing import delivered
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
@@ -33,11 +34,11 @@ from ars_kit.models import (
 )
 from ars_kit.optim import build_optimizer, under_recipe
 from ars_kit.outcome import FROZEN, read_metrics
-from ars_kit.ranks import mean_over_ranks, shard
+from ars_kit.ranks import mean_over_ranks
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
-from ars_kit.sharding import gathered, is_sharded
-from ars_kit.spec import Assessment, Finishing, Seed
+from ars_kit.sharding import dealt, gathered, is_sharded, scattered
+from ars_kit.spec import Assessment, Finishing
 from ars_kit.states import HISTORY
 from ars_kit.store import RunFolder
 from ars_kit.teaching import Teaching, hinted
@@ -113,20 +114,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     settings, accelerator = family.plan.settings, family.accelerator
     seed_everything(member_seed(settings.family.seed, member.name))
     cradle = family.cradle
-    born = bear(cradle, member)
-    born.facts["setup_flops"] *= accelerator.num_processes  # each of them bears it
+    born = delivered(cradle, member, accelerator)
     model, seed, recipe = born.model, born.seed, family.plan.recipe
-    if settings.data.document_mask and not packing.keeps_apart(model):
-        raise ConfigError(
-            f"a {model.config.model_type} cannot keep the documents of a sequence apart; leave "
-            "--document-mask out"
-        )
-    memory.prepare(model, recipe)  # first: weights in fp32 may be more than the device holds
-    model.to(accelerator.device)
     member, adapters = _adapted(family, member, born, cradle.who)
-    shard(accelerator, model)
-    if is_sharded(model):
-        _require_whole(seed, cradle.who, taught=member.teacher_flops > 0)
     train = settings.train
     groups = parameter_groups(
         model,
@@ -146,7 +136,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     )
     remember_peaks(optimizer)
     if born.opt_state:
-        load_named_state(optimizer.base, born.opt_state)
+        deal = scattered if is_sharded(model) else dealt
+        load_named_state(optimizer.base, born.opt_state, deal=deal)
+        born.opt_state = None
     job = Trainee(
         plan=member,
         settings=settings,
@@ -226,15 +218,6 @@ def _adapted(
     adapters = Adapters(born.model, lora, whole=whole, rng=rng)
     flops = share.flops * member.tokens
     return replace(member, trainable_parameters=share.parameters, flops=flops), adapters
-
-
-def _require_whole(seed: Seed, who: str, *, taught: bool) -> None:
-    """Refuse what a strategy does to whole weights where no process has them."""
-    if seed.on_step is not None or (seed.loss is not None and not taught):
-        raise ConfigError(
-            f"{who} looks at the weights while a member trains, which FSDP2 leaves whole to no "
-            "process; use DDP"
-        )
 
 
 def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTrainedModel:

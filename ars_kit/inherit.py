@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,8 +137,16 @@ def _extent(block: Block) -> int:
     return torch.Size([len(range(*span)) for span in block.child_index]).numel()
 
 
-def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put tensors back by parameter name; parameters without an entry keep what they have."""
+def load_named_state(
+    optimizer: Optimizer, state: State, *, deal: Callable[[Tensor, Tensor], Tensor] = dealt
+) -> None:
+    """Put tensors back by parameter name; parameters without an entry keep what they have.
+
+    Args:
+        optimizer: whose groups name their parameters.
+        state: by parameter name and kind of tensor.
+        deal: returns this process's part of a tensor, for a parameter.
+    """
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
             if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
@@ -146,9 +154,14 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tens
                 optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             if name in state:
                 found = {
-                    k: v.clone() if k == "step" else dealt(v.to(p.device, copy=True), p)
+                    k: v.clone() if k == "step" else _own(deal(v, p), v, p)
                     for k, v in state[name].items()
                 }
                 # Where moments are kept in few bits, the optimizer brings them there.
                 adopt = getattr(optimizer, "adopt", None)
                 optimizer.state[p] = found if adopt is None else adopt(p, found)
+
+
+def _own(part: Tensor, whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return a part on its parameter's device, in memory of its own."""
+    return part.to(parameter.device, copy=part is whole)

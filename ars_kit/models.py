@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -193,6 +194,14 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the model without memory, for counting."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of :func:`build` with meta weights; its buffers are filled."""
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # each weight was made empty by itself, which tears a tied head off
     return model
 
 

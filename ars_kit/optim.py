@@ -113,6 +113,11 @@ def build_optimizer(
     return DampedOptimizer(optimizer, gates, reduce=reduce, owners=owners)
 
 
+def base_name(host: Host, settings: OptimizerSettings) -> str:
+    """Return the base optimizer's name."""
+    return _wrapper_and_base(host, settings)[1].name
+
+
 def make_base(host: Host, settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Any:
     """Return the bare base optimizer, for trials."""
     _, base = _wrapper_and_base(host, settings)

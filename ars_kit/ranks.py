@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     fsdp2_prepare_model,
     parse_flag_from_env,
 )
 from torch import Tensor
 
 from ars_kit.errors import ArsKitError, ConfigError
-from ars_kit.sharding import is_sharded
+from ars_kit.sharding import is_sharded, materialise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|watchdog", re.IGNORECASE)
 """What errors of a collective call whose other side is gone have in their text."""
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait while the main one bears a sharded member; NCCL's own is 10 minutes."""
+
+T = TypeVar("T")
+
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
     """Return the accelerator the plan asks for; under a launcher it joins the others.
@@ -41,8 +48,11 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     """
     # Weights in bf16 compute in it by themselves.
     autocast = plan.precision == "bf16" and not plan.recipe.bf16_weights
+    waits = parse_flag_from_env("ACCELERATE_USE_FSDP")
     accelerator = Accelerator(
-        cpu=plan.device == "cpu", mixed_precision="bf16" if autocast else "no"
+        cpu=plan.device == "cpu",
+        mixed_precision="bf16" if autocast else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if waits else [],
     )
     require_alone(plan.recipe, accelerator.num_processes)
     if plan.device == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -154,13 +164,44 @@ def mean_over_ranks(accelerator: Accelerator) -> MeanOverRanks | None:
     return None if accelerator.num_processes == 1 else MeanOverRanks(accelerator.num_processes)
 
 
-def shard(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Leave each process its part of the weights, in place, where the launcher asks for FSDP2.
+def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """Return what the main process makes, sent to every process; each must call this.
 
-    The optimizer is to be made afterwards, over what is left.
+    Args:
+        accelerator: of the run.
+        make: called on the main process alone; what it returns must pickle.
+
+    Raises:
+        ArsKitError: what kept the main process from making it; on every process.
     """
-    if accelerator.is_fsdp2:
-        fsdp2_prepare_model(accelerator, model)
+    sent: list[tuple[T | None, ArsKitError | None]] = [(None, None)]
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            sent = [(make(), None)]
+        except Exception as error:  # the others wait, and must hear of it  # noqa: BLE001
+            failure = error
+            known = error if isinstance(error, ArsKitError) else None
+            sent = [(None, known or ArsKitError(f"the main process failed: {error!r}"))]
+    dist.broadcast_object_list(sent, src=0)
+    made, told = sent[0]
+    if failure or told:
+        raise failure or told  # type: ignore[misc]
+    return made  # type: ignore[return-value]
+
+
+def shard(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Give each process of FSDP2 room for its part of a model's meta weights, in place, unfilled.
+
+    The optimizer is to be made afterwards, over what is there.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: PLC0415 -- slow to import
+
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # accelerate's way; it would send meta weights
+    fsdp2_prepare_model(accelerator, model)
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    materialise(model, torch.device("cpu") if offloaded else accelerator.device)
 
 
 def wrapped(accelerator: Accelerator, model: PreTrainedModel) -> Any:

@@ -23,6 +23,7 @@ from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
 from ars_kit.rules import Aim, Rule
 from ars_kit.settings import Settings, differences, to_toml
+from ars_kit.shardable import require_shardable
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, control_folder
@@ -72,6 +73,7 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
     stop = stop or Stop()
     accelerator = make_accelerator(plan)
     require_equal_parts(plan.settings, accelerator.num_processes)
+    require_shardable(host, plan.settings.optimizer, accelerator)
     folder = RunFolder(out)
     guard = folder.lock() if accelerator.is_main_process else nullcontext()
     with not_alone(accelerator), guard, stop.listening():

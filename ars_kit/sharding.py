@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,6 +61,49 @@ def dealt(whole: Tensor, like: Any) -> Tensor:
     return distribute_tensor(
         whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give meta weights room on a device, in place and unfilled; buffers keep their numbers."""
+    held = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(held[name])
+
+
+def scattered(whole: Tensor, like: Any) -> Tensor:
+    """Return this process's part of a tensor that the first process alone has.
+
+    Every process must call this at the same place of its work. The first sends each its part, so
+    that no host holds the tensor again; on a device it stands whole until this returns.
+
+    Args:
+        whole: on the first process; elsewhere a meta tensor of the same shape and precision. One of
+            another shape than ``like``, such as a step count, is whole on each, and left as it is.
+        like: a weight, sharded or not.
+    """
+    if whole.shape != like.shape:
+        return whole
+    sharded = hasattr(like, "device_mesh")
+    device = torch.device(like.device_mesh.device_type) if sharded else like.device
+    if whole.is_meta:
+        sent = torch.empty(whole.shape, dtype=whole.dtype, device=device)
+    else:
+        sent = whole.to(device).contiguous()
+    if not sharded:
+        dist.broadcast(sent, src=0)
+        return sent
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 -- slow to import
+
+    # Where weights rest on the host (offloaded), the mesh is of the devices all the same.
+    return distribute_tensor(sent, like.device_mesh, like.placements).to(like.device)
+
+
+def receive_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill a model from weights that the first process alone has, as :func:`scattered` does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(scattered(weights[name], parameter))
 
 
 def dealt_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

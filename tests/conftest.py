@@ -35,7 +35,7 @@ WORDS = (
 LONG = (
     "test_package.py", "test_docs.py", "test_ranks.py", "test_benchmarks.py",
     "test_serving_fuzz.py", "test_memory.py", "test_speed_benchmarks.py", "test_strategy_ranks.py",
-    "test_damping_ranks.py", "test_serving_load.py",
+    "test_damping_ranks.py", "test_serving_load.py", "test_sharded_births.py",
 )  # fmt: skip
 """Files of a minute or more: they go first, or the last of them would run beside nothing."""
 

@@ -73,7 +73,7 @@ def adamw_4bit(
 
 
 def sgd(params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
-    """Stochastic gradient descent with momentum, fused.
+    """Stochastic gradient descent with momentum, fused; over sharded weights it is not.
 
     Args:
         params: torch parameter groups.
@@ -83,7 +83,10 @@ def sgd(params: Groups, *, lr: float, momentum: float = 0.9, nesterov: bool = Fa
     """
     import torch  # noqa: PLC0415 -- slow to import
 
-    return torch.optim.SGD(_rated(params), lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    # torch has no fused SGD over DTensors; False picks the loop, None its foreach form.
+    fused = None if any(hasattr(p, "device_mesh") for g in params for p in g["params"]) else True
+    groups = _rated(params)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
 def adafactor(params: Groups, *, lr: float, beta2_decay: float = -0.8) -> Optimizer:
