@@ -40,8 +40,8 @@ def require_shardable(host: Host, settings: OptimizerSettings, accelerator: Acce
     try:
         reason = _reason(host, settings, accelerator)
     except Exception as error:  # noqa: BLE001 -- an optimizer may raise anything
-        lines = str(error).strip().splitlines()
-        reason = f"it ends in {type(error).__name__}{': ' + lines[0] if lines else ''}"
+        sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+        reason = f"it ends in {type(error).__name__}: {sentence}"
     if reason:
         raise ConfigError(
             f"base optimizer {base_name(host, settings)!r} cannot train weights that FSDP2 shards "
@@ -56,8 +56,12 @@ def _reason(host: Host, settings: OptimizerSettings, accelerator: Accelerator) -
     device, processes = accelerator.device, accelerator.num_processes
     mesh = init_device_mesh(device.type, (processes,))
     draw = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (2 * processes, WIDTH), "embedding": (2 * processes, 4)}
-    shapes |= {"vector": (2 * processes,)}
+    rows = 2 * processes
+    shapes: dict[str, tuple[int, ...]] = {
+        "matrix": (rows, WIDTH),
+        "embedding": (rows, 4),
+        "vector": (rows,),
+    }
 
     def drawn() -> dict[str, Tensor]:
         return {k: torch.randn(s, generator=draw).to(device) for k, s in shapes.items()}

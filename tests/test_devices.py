@@ -10,8 +10,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from ars_kit.dealing import _require_whole
 from ars_kit.errors import ArsKitError, ConfigError
-from ars_kit.family import _require_whole
 from ars_kit.ranks import _require_fsdp2, not_alone, require_seen
 from ars_kit.spec import Seed
 

@@ -23,8 +23,8 @@ from ars_kit import dealing, family
 from ars_kit.errors import ArsKitError, PluginError
 from ars_kit.sharding import gathered
 
-GROWN, TAUGHT, BASED = "grown", "taught", "based"
-RUNS, LOOKS = (GROWN, TAUGHT, BASED), "looks"
+GROWN, TAUGHT, LOOKS = "grown", "taught", "looks"
+RUNS = (GROWN, TAUGHT)
 
 
 class Peak(TorchDispatchMode):
@@ -112,10 +112,9 @@ def watched(home: Path, rank: int) -> Iterator[None]:
 
 def options(home: Path, name: str) -> list[str]:
     base = ["--base", str(home / "one" / GROWN / "d3"), "--depth", "grow"]
-    return {
+    return ["--iterations", "2,2"] + {
         GROWN: [],
-        TAUGHT: ["--strategy", "distill:weight=2", "--base-optimizer", "sgd"],
-        BASED: [*base, "--base-optimizer", "muon"],
+        TAUGHT: [*base, "--strategy", "distill:weight=2", "--base-optimizer", "muon"],
         LOOKS: [*base, "--strategy", "ewc:sequences=2"],
     }[name]
 
@@ -123,9 +122,8 @@ def options(home: Path, name: str) -> list[str]:
 def rank_main(rank: int, home: Path, texts: str) -> None:
     os.environ.update(FSDP)
     with watched(home, rank):
-        train(home / "two" / GROWN, texts)
-    for name in RUNS[1:]:
-        train(home / "two" / name, texts, *options(home, name))
+        train(home / "two" / GROWN, texts, *options(home, GROWN))
+    train(home / "two" / TAUGHT, texts, *options(home, TAUGHT))
 
     def words(name: str, *more: str) -> None:
         try:
