@@ -29,7 +29,6 @@ from ars_kit.models import (
     flops_per_token,
     parameter_groups,
     save_member,
-    set_weights,
     weights_of,
 )
 from ars_kit.optim import build_optimizer, under_recipe
@@ -225,13 +224,13 @@ def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTra
     if not is_sharded(model):
         return model
     main = family.accelerator.is_main_process
-    weights = gathered(weights_of(model), keep=main)
-    if not main:
-        return model
-    whole = build(member.config, seed=0)
-    set_weights(whole, weights)
-    whole.to(family.accelerator.device)
-    return whole
+    whole = build(member.config, seed=0) if main else model
+    room = weights_of(whole)
+    for name, part in weights_of(model).items():  # one at a time, so that they stand once
+        weight = gathered(part, keep=main)
+        if main:
+            room[name].copy_(weight)
+    return whole.to(family.accelerator.device) if main else model
 
 
 def _loss(family: Family, name: str, born: Newborn) -> Any:
