@@ -6,20 +6,23 @@ until a user chooses one of its offers by name.
 
 This module imports the standard library and pluggy; torch and transformers appear in types only, so
 that ``arskit --help`` stays quick. Values handed to a plugin are frozen dataclasses: a new field
-breaks no plugin. Those about inheritance are written in :mod:`ars_kit.heredity`,
-those about serving in :mod:`ars_kit.deployment`.
+breaks no plugin. Those about damping are written in :mod:`ars_kit.gates`, those about text in
+:mod:`ars_kit.documents`, those about inheritance in :mod:`ars_kit.heredity`, those about serving in
+:mod:`ars_kit.deployment`; whoever writes a plugin imports them from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import pluggy
 
 from ars_kit.deployment import Engine, Exporter, Service
+from ars_kit.documents import DataSource, Document, Passage
+from ars_kit.gates import Damping, DampingGate, GateStack, StepSignal
 from ars_kit.heredity import (
     Birth,
     Blend,
@@ -43,7 +46,6 @@ from ars_kit.heredity import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,153 +122,7 @@ class Offer(Generic[T_co]):
     make: Callable[..., T_co]
 
 
-# --- Damping -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StepSignal:
-    """What a gate sees of one optimizer step. Every tensor lies on the training device.
-
-    Attributes:
-        step: optimizer steps asked for before this one, skipped ones included.
-        loss: 0-d float32; mean loss of the effective batch over all ranks, in nats per token.
-        lr: learning rate of the first parameter group before damping.
-        skip: 0-d bool; an earlier gate already asked to skip this step. A gate that remembers
-            losses must not learn from such a step.
-        damping: 0-d float32; product of the 0-d gradient factors of the gates before this one.
-        step_damping: 0-d float32; product of the step factors of the gates before this one.
-        last_damping: 0-d float32; gradient factor times step factor of the step before, or 1.
-        norms: call for the gradient norm of each tensor, shape (n_tensors,), float32, unscaled.
-            Computed once a step however many gates ask; costs one read of the gradients.
-        alignment: call for the cosine between this step's gradient and the base's first moment, 0-d
-            float32, in [-1, 1]. Negative: the steps so far went past the lowest point in their
-            direction. NaN where the base keeps no first moment. Computed once a step however many
-            gates ask; costs one read of the gradients and two of the moments.
-        gradients: whether norms and alignment can be called. False where parameters are stepped
-            within the backward pass (``--memory tiny``), so that never all gradients are there: a
-            gate that calls them all the same is refused.
-    """
-
-    step: int
-    loss: Tensor
-    lr: float | Tensor
-    skip: Tensor
-    damping: Tensor
-    step_damping: Tensor
-    last_damping: Tensor
-    norms: Callable[[], Tensor]
-    alignment: Callable[[], Tensor]
-    gradients: bool = True
-
-
-class Damping(NamedTuple):
-    """What a gate asks of this step; ``None`` leaves that part alone. Factors multiply.
-
-    Attributes:
-        gradient: multiplies the gradient *before it enters the optimizer's moments*: for
-            transients. Shape (), or (n_tensors,) for one factor a tensor.
-        step: multiplies the learning rate: for lasting instability (an adaptive optimizer
-            divides a lasting gradient factor out again). Shape ().
-        skip: 0-d bool; leave weights and moments untouched.
-    """
-
-    gradient: Tensor | None = None
-    step: Tensor | None = None
-    skip: Tensor | None = None
-
-
-class DampingGate(Protocol):
-    """Looks at each step and says how hard to damp it.
-
-    A call returns a 0-d float32 tensor in [0, 1] (1: undamped) or a :class:`Damping`. It must not
-    synchronise with the host (no ``.item()``, ``float()``, ``if tensor:``) and must keep O(1)
-    memory. A plain tensor multiplies the gradient unless the class says ``acts_on = "step"``. One
-    whose class says ``finite_only = True`` lets no gradient pass that is not finite: where
-    ``StepSignal.gradients`` is False the optimizer looks at each parameter's for it.
-
-    A gate may say why: ``explain() -> Mapping[str, Tensor]``, called after each step's answer,
-    returns 0-d tensors under names that stay the same; they stand beside the gate's factor in
-    ``history.jsonl`` as ``GATE_NAME``. ``ars_kit.testing.check_gate`` holds a gate to all of this.
-    """
-
-    def __call__(self, signal: StepSignal) -> Tensor | Damping:
-        """Return this step's factor."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain numbers that restore this gate exactly."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        ...
-
-
-GateStack = Mapping[str, DampingGate]
-"""Named gates in the order they are asked; what an optimizer wrapper such as ``ars`` is made of."""
-
-
-# --- Data and evaluation -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text that belongs together: split, deduplicated and evaluated as a unit.
-
-    Attributes:
-        text: any Unicode.
-        origin: where it comes from, for people.
-        continues: this is the next part of the text before it, which is too large to be held in
-            memory at once. Parts are joined again with nothing between them.
-    """
-
-    text: str
-    origin: str = ""
-    continues: bool = False
-
-
-class DataSource(Protocol):
-    """Somewhere text comes from."""
-
-    def fingerprint(self) -> Mapping[str, Any]:
-        """Return what identifies the text without reading all of it (paths, sizes, versions).
-
-        JSON-ready. Equal fingerprints must mean equal documents: prepared data is cached under it.
-
-        Raises:
-            DataError: the source cannot be reached; said before anything starts.
-        """
-        ...
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents in a fixed order, streaming.
-
-        Raises:
-            DataError: what cannot be read, named.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A held-out document, or a part of one where there are few documents.
-
-    Passages are what an interval is drawn from. Those of one document follow each other without a
-    gap; a text read in parts still is one document.
-
-    Attributes:
-        document: counts the held-out documents from 0.
-        origin: of the document, as :class:`Document` has it.
-        start: where its tokens begin in the stream.
-        stop: where they end; the last passage of a document ends with an end-of-text token.
-        bytes: of its text in UTF-8.
-    """
-
-    document: int
-    origin: str
-    start: int
-    stop: int
-    bytes: int
+# --- Evaluation -------------------------------------------------------------------------------
 
 
 def _tell_nobody(share: float) -> None:
