@@ -27,15 +27,8 @@ from ars_kit.errors import ConfigError, DataError
 from ars_kit.passages import Passages, PassageWriter
 from ars_kit.spec import DataSource, Passage
 from ars_kit.spool import FEW_DOCUMENTS, PARTS, Part, Progress, Split, Spool
-from ars_kit.tokens import (
-    Ends,
-    TokenizerSpec,
-    TokenStream,
-    identify,
-    make_tokenizer,
-    tokenizer_hash,
-    write_tokens,
-)
+from ars_kit.tokenizer import TokenizerSpec, identify, make_tokenizer, tokenizer_hash, write_tokens
+from ars_kit.tokens import Ends, TokenStream
 
 FORMAT = 4
 TOKENIZER_BYTES = 64 << 20

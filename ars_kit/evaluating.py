@@ -34,7 +34,8 @@ from ars_kit.settings import Settings
 from ars_kit.source import NamedSource
 from ars_kit.spec import Assessment
 from ars_kit.store import locate
-from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE, heldout_windows
+from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.tokens import heldout_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

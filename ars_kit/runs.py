@@ -27,7 +27,7 @@ from ars_kit.shardable import require_shardable
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
 from ars_kit.store import RunFolder, control_folder
-from ars_kit.tokens import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tracking import tracking
 from ars_kit.trainee import Stop
 from ars_kit.watching import FamilyWatcher

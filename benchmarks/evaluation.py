@@ -40,7 +40,7 @@ from ars_kit.schema import Choice
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
 from ars_kit.spec import DataSource, Document, Evaluand
-from ars_kit.tokens import TrainBPE
+from ars_kit.tokenizer import TrainBPE
 
 BAR, TOLERANCE = 3.0, 1e-5
 VOCABULARY = 1024

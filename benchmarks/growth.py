@@ -43,7 +43,7 @@ from ars_kit.settings import to_toml
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
 from ars_kit.store import RunFolder
-from ars_kit.tokens import TrainBPE
+from ars_kit.tokenizer import TrainBPE
 
 PROPORTIONAL = 1.15
 """Largest exponent that still counts as growing in proportion."""

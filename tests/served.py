@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from ars_kit.tokens import TrainBPE, make_tokenizer
+from ars_kit.tokenizer import TrainBPE, make_tokenizer
 from ars_kit_serving.generation import Model
 from ars_kit_serving.scheduling import Scheduler
 from ars_kit_serving.tokenizing import ServedTokenizer

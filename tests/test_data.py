@@ -19,16 +19,8 @@ from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ArsKitError, ConfigError, DataError
 from ars_kit.spec import Document
 from ars_kit.spool import Spool
-from ars_kit.tokens import (
-    EOS,
-    Batches,
-    Pretrained,
-    TrainBPE,
-    heldout_windows,
-    load_fast,
-    make_tokenizer,
-    permuted,
-)
+from ars_kit.tokenizer import EOS, Pretrained, TrainBPE, load_fast, make_tokenizer
+from ars_kit.tokens import Batches, heldout_windows, permuted
 
 
 class Texts:

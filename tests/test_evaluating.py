@@ -18,7 +18,7 @@ from ars_kit.models import build, save_member
 from ars_kit.plan import parse_source
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
-from ars_kit.tokens import TrainBPE
+from ars_kit.tokenizer import TrainBPE
 
 
 class Watcher:

@@ -23,7 +23,8 @@ from ars_kit.models import build
 from ars_kit.schema import parse_choice
 from ars_kit.shapes import embedded_config
 from ars_kit.spec import Assessment, Document, Evaluand
-from ars_kit.tokens import TrainBPE, heldout_windows
+from ars_kit.tokenizer import TrainBPE
+from ars_kit.tokens import heldout_windows
 from ars_kit_plugins import harness
 
 CONTEXT = 32

@@ -30,7 +30,8 @@ from ars_kit.plan import RunPlan, parse_source, plan_run
 from ars_kit.resolving import resolve
 from ars_kit.runs import execute, open_corpus
 from ars_kit.source import NamedSource
-from ars_kit.tokens import Batches, Pretrained, Replayed, positions_in
+from ars_kit.tokenizer import Pretrained
+from ars_kit.tokens import Batches, Replayed, positions_in
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,

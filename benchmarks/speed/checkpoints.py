@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from ars_kit.tokens import TrainBPE, load_pretrained, make_tokenizer
+from ars_kit.tokenizer import TrainBPE, load_pretrained, make_tokenizer
 
 TEXTS = [text for _, text in sorted(topics.items()) if text.isascii()]
 """Python's manual, as every installation of Python has it."""
