@@ -1,0 +1,1 @@
+"""Tables of the pages on what was measured, from the results that the benchmarks wrote."""
