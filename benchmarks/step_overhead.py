@@ -19,32 +19,29 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from loops import LOG_EVERY, Loop, Silent, factor_of, groups_of
 from torch.nn.functional import cross_entropy
 
 from ars_kit.host import Host
 from ars_kit.keeping import log
-from ars_kit.measure import Meter
-from ars_kit.models import build, parameter_groups, weights_of
+from ars_kit.models import build, weights_of
 from ars_kit.optim import build_optimizer
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
-from ars_kit.schedule import lr_factor
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
 from ars_kit.train import remember_peaks, train_step
 from ars_kit.trainee import Stop, Trainee
 
 BAR = 1.03
-LOG_EVERY = 10
 SIZES: dict[str, dict[str, Any]] = {
     "embedded d18": {},
     "wide d18": {"family.aspect": 0.8, "family.head_dim": 64},
@@ -57,35 +54,19 @@ SIZES: dict[str, dict[str, Any]] = {
         "train.batch_size": 4,
     },
 }
-Block = Callable[[int, int], None]
-
-
-@dataclass(slots=True)
-class Loop:
-    """One way to train: ``block(first, count)`` does that many steps."""
-
-    block: Block
-    model: Any
-
-
-class Silent:
-    """Looks on and says nothing."""
-
-    def steps(self, member: str, done: int, rows: list[dict[str, Any]], meter: Meter) -> None:
-        """Hear of steps."""
 
 
 def bare_loop(plan: RunPlan, batches: Batches, steps: int, *, clip: bool) -> Loop:
     """The loop that anybody would write."""
     member, train = plan.members[0], plan.settings.train
     model = build(member.config, seed=0).train()
-    groups = _groups(plan, model)
+    groups = groups_of(plan, model)
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def block(first: int, count: int) -> None:
         for step in range(first, first + count):
-            factor = _factor(plan, step, steps)
+            factor = factor_of(plan, step, steps)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             window = torch.from_numpy(batches.batch(step))
@@ -109,7 +90,7 @@ def our_loop(plan: RunPlan, batches: Batches, host: Host, folder: RunFolder, *, 
     accelerator = Accelerator(cpu=plan.device == "cpu")
     model = build(member.config, seed=0)
     optimizer = build_optimizer(
-        host, settings.optimizer, _groups(plan, model), lr=settings.train.lr, position=0.0
+        host, settings.optimizer, groups_of(plan, model), lr=settings.train.lr, position=0.0
     )
     remember_peaks(optimizer)
     job = Trainee(
@@ -188,31 +169,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _groups(plan: RunPlan, model: Any) -> list[dict[str, Any]]:
-    train = plan.settings.train
-    return parameter_groups(
-        model,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        lr_width=train.lr_width,
-        lr_vectors=train.lr_vectors,
-    )
-
-
 def _flags(plan: RunPlan) -> dict[str, Any]:
     settings = plan.settings
     return {k: v for k, v in settings.flat().items() if settings.origins.get(k) == "flag"}
-
-
-def _factor(plan: RunPlan, step: int, steps: int) -> float:
-    train = plan.settings.train
-    return lr_factor(
-        step,
-        steps=steps,
-        schedule=train.schedule,
-        warmup=train.warmup_steps,
-        decay_fraction=train.decay_fraction,
-    )
 
 
 def _require_same(one: Any, other: Any) -> None:

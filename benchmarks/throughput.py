@@ -17,7 +17,6 @@ import json
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,22 +28,18 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from step_overhead import LOG_EVERY, Loop, Silent, _factor, _groups
-from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from loops import Loop, bare_loop, our_job, our_loop, trainer_loop, wait
 
-from ars_kit.compiling import compiled
 from ars_kit.host import Host
 from ars_kit.keeping import log
 from ars_kit.models import build, flops_per_token, weights_of
-from ars_kit.optim import build_optimizer
 from ars_kit.plan import RunPlan, plan_run
-from ars_kit.ranks import make_accelerator, wrapped
+from ars_kit.ranks import wrapped
 from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
-from ars_kit.train import remember_peaks, train_step
-from ars_kit.trainee import Stop, Trainee
+from ars_kit.train import train_step
+from ars_kit.trainee import Trainee
 
 WITHIN_BARE, WITHIN_TRAINER = 1.03, 1.0
 SAME = 0.2
@@ -87,10 +82,10 @@ class Watch:
         """Return ``call`` with a clock around it."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            _wait(self.device)
+            wait(self.device)
             begin = time.perf_counter()
             found = call(*args, **kwargs)
-            _wait(self.device)
+            wait(self.device)
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
             return found
 
@@ -107,153 +102,6 @@ def plan_of(size: str, steps: int, more: Mapping[str, Any], home: Path) -> RunPl
     return plan_run(
         resolve({**flags, "train.iterations": (steps, steps)}, {}, None), Host.installed()
     )
-
-
-def bare_loop(plan: RunPlan, batches: Batches, steps: int) -> Loop:
-    """The loop that anybody would write, one function a step."""
-    device, train = torch.device(plan.device), plan.settings.train
-    model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
-    groups = _groups(plan, model)
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-
-    def one(step: int) -> Any:
-        factor = _factor(plan, step, steps)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        window = torch.from_numpy(batches.batch(step)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            logits = model(input_ids=window[:, :-1], use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    def block(first: int, count: int) -> None:
-        for step in range(first, first + count):
-            loss = one(step)
-            if (step + 1) % LOG_EVERY == 0:
-                loss.item()
-        _wait(device)
-
-    return Loop(block, model)
-
-
-def our_job(plan: RunPlan, batches: Batches, folder: RunFolder) -> Trainee:
-    """Return what ``arskit run`` trains a member with."""
-    settings, member, host = plan.settings, plan.members[0], Host.installed()
-    model: Any = build(member.config, seed=0).train().to(plan.device)
-    optimizer = build_optimizer(
-        host, settings.optimizer, _groups(plan, model), lr=settings.train.lr, position=0.0
-    )
-    remember_peaks(optimizer)
-    return Trainee(
-        plan=member,
-        settings=settings,
-        model=model,
-        optimizer=optimizer,
-        batches=batches,
-        accelerator=make_accelerator(plan),
-        folder=folder,
-        watcher=Silent(),
-        stop=Stop(),
-        warmup=settings.train.warmup_steps,
-    )
-
-
-def our_loop(job: Trainee, stack: ExitStack, *, compiling: bool) -> Loop:
-    """The product's own, without the saving."""
-    if compiling:
-        stack.enter_context(compiled(job.model))
-    model = wrapped(job.accelerator, job.model)
-    job.meter.start(job.accelerator.device)
-
-    def block(first: int, count: int) -> None:
-        for step in range(first, first + count):
-            train_step(job, model, step)
-            if (step + 1) % LOG_EVERY == 0:
-                log(job, step + 1)
-        _wait(job.accelerator.device)
-
-    return Loop(block, job.model)
-
-
-class Turns(TrainerCallback):
-    """Holds the Trainer, which runs in a thread of its own, between its turns."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.left = 0
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Wait until the step is asked for."""
-        self.go.acquire()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Give the turn back after its last step."""
-        self.left -= 1
-        if not self.left:
-            _wait(self.device)
-            self.done.release()
-
-
-class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The batches, sequence by sequence, with targets where they are."""
-
-    def __init__(self, batches: Batches, count: int) -> None:
-        self.batches, self.count = batches, count
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Return a sequence."""
-        window = torch.from_numpy(self.batches.sequence(number).astype(np.int64))
-        inputs, targets = window[:-1], window[1:]
-        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
-
-
-def trainer_loop(plan: RunPlan, batches: Batches, steps: int, home: Path) -> Loop:
-    """The Trainer, with the optimizer and the schedule of the bare loop."""
-    device, train = torch.device(plan.device), plan.settings.train
-    model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
-    optimizer = torch.optim.AdamW(_groups(plan, model), lr=train.lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _factor(plan, s, steps))
-    turns = Turns(device)
-    arguments = TrainingArguments(
-        output_dir=str(home),
-        per_device_train_batch_size=train.batch_size,
-        max_steps=steps,
-        max_grad_norm=0.0,
-        logging_steps=LOG_EVERY,
-        save_strategy="no",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,  # or the targets would be shifted once more
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        bf16=plan.precision == "bf16",
-        torch_compile=train.compile,
-        log_level="error",
-    )
-    data = Windows(batches, (steps + 1) * train.batch_size)
-    trainer = Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[turns]
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    thread = threading.Thread(target=trainer.train, daemon=True)
-
-    def block(_: int, count: int) -> None:
-        turns.left = count
-        turns.go.release(count)
-        if thread.ident is None:
-            thread.start()
-        turns.done.acquire()
-
-    return Loop(block, model)
 
 
 def compare(
@@ -337,7 +185,7 @@ def breakdown(job: Trainee, first: int, count: int) -> dict[str, float]:
     watch = Watch(job.accelerator.device)
     model = watch.around("forward", wrapped(job.accelerator, job.model))
     with _clocked(job, watch):
-        _wait(watch.device)
+        wait(watch.device)
         begin = time.perf_counter()
         for step in range(first, first + count):
             train_step(job, model, step)
@@ -366,11 +214,6 @@ def _clocked(job: Trainee, watch: Watch) -> Iterator[None]:
     finally:
         for owner, name, plain in kept:
             setattr(owner, name, plain)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _ratio(times: list[float], others: list[float]) -> dict[str, float]:
