@@ -88,20 +88,22 @@ def status(out: Path) -> list[dict[str, Any]]:
 def _status(out: Path) -> list[dict[str, Any]]:
     settings = frozen_settings(out)
     folder = RunFolder(out)
-    rows = []
     planned = [m.name for m in parse_roster(settings.family.members)]
-    for name in [*planned, *(m for m in folder.members() if m not in planned)]:
-        if folder.has(name):
-            rows.append({"state": "done", **read_metrics(folder, name)})
-            continue
-        path = folder.history_path(name)
-        steps, last = last_row(path) if path.exists() else (0, {})
-        rows.append(
-            {
+    names = [*planned, *(m for m in folder.members() if m not in planned)]
+    return [_progress(folder, name) for name in names]
+
+
+def _progress(folder: RunFolder, name: str) -> dict[str, Any]:
+    if not folder.has(name):
+        try:
+            steps, last = last_row(folder.history_path(name))
+        except FileNotFoundError:  # it has not begun; or it was committed this moment
+            steps, last = 0, {}
+        if not folder.has(name):
+            return {
                 "model_id": name,
                 "state": "training" if steps else "waiting",
                 "steps": steps,
                 "last_loss": last.get("loss"),
             }
-        )
-    return rows
+    return {"state": "done", **read_metrics(folder, name)}

@@ -574,14 +574,48 @@ def test_small_files_are_replaced(folder: RunFolder) -> None:
     assert [p.name for p in folder.private.iterdir()] == ["state"]
 
 
-def test_the_last_row_is_found_without_reading_the_others(tmp_path: Path) -> None:
-    from ars_kit.history import last_row
+def test_the_last_row_is_found_and_few_others_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ars_kit import history
 
     path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 0}\nnot looked at\n{"step": 2, "loss": 3.5}\n{"step": 3, "lo')
-    assert last_row(path) == (3, {"step": 2, "loss": 3.5})
+    rows = [{"step": i, "loss": 3.5 / (i + 1), "z": None if i % 9 else 0.5} for i in range(500)]
+    history.append_rows(path, rows)
+    with path.open("a") as file:
+        file.write('{"step": 500, "lo')
+    parsed: list[Any] = []
+    real = json.loads
+    monkeypatch.setattr(history.json, "loads", lambda text: parsed.append(text) or real(text))
+    assert history.last_row(path) == (500, rows[-1])
+    assert len(parsed) == 3
     path.write_text('{"step": 0')
-    assert last_row(path) == (0, {})
-    path.write_text('{"step": 0}\nbroken\n')
-    with pytest.raises(IntegrityError, match="line 2 is damaged"):
-        last_row(path)
+    assert history.last_row(path) == (0, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: b"\0" * (len(line) - 1) + b"\n",
+        lambda line: line.replace(b'": ', b'"; ', 1),
+        lambda line: line[: len(line) // 2] + b"\n",
+        lambda line: line.replace(b"loss", b"\xffoss"),
+        lambda _: b"12\n",
+    ],
+)
+def test_a_damaged_line_anywhere_is_named_with_what_to_do(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    from ars_kit.history import append_rows, last_row
+
+    path = tmp_path / "history.jsonl"
+    append_rows(path, [{"step": i, "loss": 1.0} for i in range(9)])
+    whole = path.read_bytes().splitlines(keepends=True)
+    for at in (0, 4, 8):
+        damaged = [damage(line) if i == at else line for i, line in enumerate(whole)]
+        path.write_bytes(b"".join(damaged))
+        for reads in (last_row, read_history):
+            with pytest.raises(IntegrityError, match=rf"line {at + 1} is damaged .* remove that"):
+                reads(path)
+        path.write_bytes(b"".join(line for i, line in enumerate(whole) if i != at))
+        assert last_row(path)[0] == len(read_history(path)) == 8
