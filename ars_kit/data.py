@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -35,6 +36,10 @@ TOKENIZER_BYTES = 64 << 20
 """Training text that a tokenizer learns from; more is sampled evenly down to this."""
 ABANDONED = 24 * 3600.0
 """Seconds without a write after which an unfinished preparation was killed, and is cleared."""
+DIGITS = 24
+"""Of a hash, that a corpus is called by."""
+_PREPARING = re.compile(rf"[0-9a-f]{{{DIGITS}}}-\w+")
+"""What an unfinished preparation is called: a corpus, and what ``tempfile`` puts behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ def prepare(
         "heldout_fraction": heldout_fraction,
     }
     blob = json.dumps(identity, sort_keys=True, default=str).encode()
-    folder = cache / hashlib.sha256(blob).hexdigest()[:24]
+    folder = cache / hashlib.sha256(blob).hexdigest()[:DIGITS]
     if not _complete(folder):
         _prepare_into(folder, source, tokenizer, heldout_fraction, identity, progress)
     corpus = _open(folder)
@@ -233,8 +238,13 @@ def _publish(temp: Path, folder: Path) -> None:
 def _clear_abandoned(cache: Path) -> None:
     """Remove what killed preparations left; a live one writes all the time."""
     for temp in cache.glob("*-*/"):
-        files = [temp, *temp.iterdir()]
-        if time.time() - max(p.stat().st_mtime for p in files) > ABANDONED:
+        if not _PREPARING.fullmatch(temp.name):  # whoever else keeps something here
+            continue
+        try:
+            written = max(p.stat().st_mtime for p in [temp, *temp.iterdir()])
+        except FileNotFoundError:  # another process finished it, or removed a file, this moment
+            continue
+        if time.time() - written > ABANDONED:
             shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -250,7 +260,7 @@ def _complete(folder: Path) -> bool:
             and Passages(folder).tokens == facts.heldout_tokens
             and tokenizer_hash(folder / "tokenizer") == facts.tokenizer_hash
         )
-    except (OSError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, IndexError):
         return False
 
 

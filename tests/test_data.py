@@ -224,7 +224,9 @@ def test_a_second_run_reads_nothing(tmp_path: Path) -> None:
     assert source.reads == 3
 
 
-@pytest.mark.parametrize("name", ["train.bin", "heldout.bin", "corpus.json", "tokenizer"])
+@pytest.mark.parametrize(
+    "name", ["train.bin", "heldout.bin", "corpus.json", "tokenizer", "passages.npy", "train.ends"]
+)
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str) -> None:
     source = Texts(make_text(30))
     first = prepare(source, tokenizer=TrainBPE(400), cache=tmp_path)
@@ -232,7 +234,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str) -> None:
     if name == "tokenizer":
         (path / "tokenizer.json").write_text("{}")
     else:
-        path.write_bytes(path.read_bytes()[:-2])
+        path.write_bytes(b"" if path.suffix == ".npy" else path.read_bytes()[:-2])
     second = prepare(source, tokenizer=TrainBPE(400), cache=tmp_path)
     assert (source.reads, second.facts) == (2, first.facts)
     assert len(list(tmp_path.iterdir())) == 1
@@ -250,14 +252,33 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_preparation_left_is_cleared_once_it_is_old(tmp_path: Path) -> None:
-    for name, age in (("aaaa-old", 2 * data.ABANDONED), ("bbbb-new", 60.0)):
+    old, new, mine = f"{'a' * data.DIGITS}-x1_old", f"{'b' * data.DIGITS}-new", "my-thesis"
+    for name, age in ((old, 2 * data.ABANDONED), (new, 60.0), (mine, 9 * data.ABANDONED)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.spool").write_text("x")
         for path in (tmp_path / name / "text.spool", tmp_path / name):
             then = path.stat().st_mtime - age
             os.utime(path, (then, then))
     corpus = corpus_of(make_text(3), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"bbbb-new", corpus.tokenizer_dir.parent.name}
+    assert {p.name for p in tmp_path.iterdir()} == {new, mine, corpus.tokenizer_dir.parent.name}
+
+
+def test_a_preparation_that_ends_while_it_is_looked_at_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temp = tmp_path / f"{'a' * data.DIGITS}-x"
+    temp.mkdir()
+    (temp / "text.spool").write_text("x")
+    real = Path.iterdir
+
+    def looked_at(path: Path) -> Iterator[Path]:
+        found = list(real(path))
+        if path == temp:
+            (temp / "text.spool").unlink(missing_ok=True)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", looked_at)
+    assert corpus_of(make_text(3), tmp_path).facts.documents == 3
 
 
 def test_of_two_preparations_at_once_both_have_the_corpus(tmp_path: Path) -> None:
