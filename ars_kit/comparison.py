@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ars_kit.errors import ConfigError
-from ars_kit.reach import Spent, first_at, points
+from ars_kit.reach import Spent, first_at, path_to, points
 from ars_kit.records import MemberRecord, RunRecord, read_run
 from ars_kit.schema import did_you_mean
 from ars_kit.settings import differences
@@ -162,7 +162,8 @@ def compare(paths: Sequence[Path]) -> Comparison:
     """Compare run folders, and the controls that they hold.
 
     Raises:
-        ConfigError: a folder holds no run, is named twice, or was judged on other text.
+        ConfigError: a folder holds no run, is named twice, was judged on other text, or has the
+            seed of another with the same settings.
         IntegrityError: a lineage is damaged.
     """
     folders = [path.resolve() for path in paths]
@@ -177,12 +178,14 @@ def compare_runs(runs: Sequence[RunRecord]) -> Comparison:
     """Compare runs that were read, the first of them the family.
 
     Raises:
-        ConfigError: one was judged on other text than the first.
+        ConfigError: one was judged on other text than the first, or is another once more.
     """
     first, groups, notes = runs[0], dict[str, list[RunRecord]](), list[str]()
     for run in runs:
         notes += _comparable(first, run)
-        groups.setdefault(_name(first, run), []).append(run)
+        group = groups.setdefault(_name(first, run), [])
+        _require_other_seed(group, run)
+        group.append(run)
     for run in runs:
         for control in run.controls:
             notes += _comparable(first, control)
@@ -213,6 +216,21 @@ def _name(first: RunRecord, run: RunRecord) -> str:
         d for d in differences(first.settings, run.settings) if not d.startswith("family.seed:")
     ]
     return "; ".join(changed) or FAMILY
+
+
+def _require_other_seed(group: Sequence[RunRecord], run: RunRecord) -> None:
+    """Refuse what would count one sample twice.
+
+    Raises:
+        ConfigError: the group holds a run with this run's seed.
+    """
+    seed = run.settings.family.seed
+    again = next((r for r in group if r.settings.family.seed == seed), None)
+    if again is not None:
+        raise ConfigError(
+            f"{run.label} has the settings of {again.label}, its seed {seed} too: both are one "
+            "sample, and tell nothing of chance together; leave one out"
+        )
 
 
 def _comparable(first: RunRecord, run: RunRecord) -> list[str]:
@@ -277,6 +295,8 @@ def _row(
         why = "another tokenizer"
     elif not member.curve or not against.curve:
         why = "no held-out curve was drawn"
+    elif not all(m.metrics for m in (*path_to(run, member.name), *path_to(ours, against.name))):
+        why = "an ancestor's figures are damaged, so what it spent is not known"
     elif member.curve[-1]["judged_tokens"] != against.curve[-1]["judged_tokens"]:
         why = "the curves were judged on different samples"
     if why or against is None or member.last_heldout is None or against.last_heldout is None:

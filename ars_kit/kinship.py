@@ -51,7 +51,9 @@ def _told(member: MemberRecord) -> str:
     if member.state != "done":
         return member.state if member.state == "waiting" else f"training, {member.steps} steps"
     born = member.metrics.get("birth", {})
-    if "sources" in born:
+    if not member.metrics:  # they are damaged, which is said elsewhere
+        origin = "-" if member.parent is None else f"from {member.parent}"
+    elif "sources" in born:
         origin = f"made of {', '.join(born['sources'])}"
     elif member.parent is None:
         origin = "from fresh weights"

@@ -82,15 +82,20 @@ def points(run: RunRecord, name: str, *, ancestors: bool) -> list[Spent]:
 
 
 def family_points(run: RunRecord) -> Iterator[Spent]:
-    """Yield every member's curve, each after all that the members before it had cost."""
+    """Yield every member's curve, each after all that the members before it had cost.
+
+    It ends with a member whose cost is not known: in training, or with damaged figures.
+    """
     flops = seconds = 0.0
     price = run.settings.run.price_per_hour
     for member in run.members:
         for p in _own(member):
             at = seconds + p.seconds
             yield replace(p, flops=flops + p.flops, seconds=at, cost=at / 3600 * price)
-        flops += member.metrics.get("total_flops", 0.0)
-        seconds += member.metrics.get("training_time", 0.0)
+        if not member.metrics:
+            return
+        flops += member.metrics["total_flops"]
+        seconds += member.metrics["training_time"]
 
 
 def first_at(curve: list[Spent], loss: float) -> Spent | None:

@@ -42,7 +42,7 @@ def write_report(out: Path, beside: Sequence[Path] = ()) -> list[Path]:
         beside: other run folders that the report compares with, such as other seeds.
 
     Raises:
-        ConfigError: there is no run, or one beside it was judged on other text.
+        ConfigError: there is no run, or one beside it was judged on other text or is it again.
         IntegrityError: the lineage is damaged.
     """
     page = build(read_run(out), [read_run(path) for path in beside])
@@ -176,7 +176,9 @@ def _training_lines(run: RunRecord) -> list[charts.Line]:
             ys = smoothed([row["loss"] for row in rows])
             colour = charts.shade(i, len(run.members))
             found.append(charts.Line(member.name, _thin(xs), _thin(ys), colour, 0))
-        spent += member.metrics.get("total_flops", 0.0)
+        if not member.metrics:  # where the next would begin is not known
+            break
+        spent += member.metrics["total_flops"]
     return found
 
 
@@ -304,8 +306,10 @@ def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
     actual = [m.metrics.get("cost") for m in run.members]
     if any(v is not None for v in actual):
         told = f"{sum(v or 0 for v in actual):.4g} $ in all"
-        if any(v is not None for v in foreseen):
-            told += f", estimated {sum(v or 0 for v in foreseen):.4g} $"
+        pairs = zip(foreseen, actual, strict=True)
+        both = [f for f, v in pairs if f is not None and v is not None]
+        if both:  # the estimate of what is finished, beside what that was
+            told += f", estimated {sum(both):.4g} $"
         alt = f"Cost of each member: {told}."
         series = {"estimated": foreseen, "measured": actual}
         series = {k: v for k, v in series.items() if any(x is not None for x in v)}
@@ -313,8 +317,9 @@ def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
         yield Figure("Cost, estimated before the start and measured", alt, plot)
     spent = sum(m.metrics.get("total_flops") or 0.0 for m in run.members)
     if spent:
+        who = "The members" if run.is_complete else "The finished members"
         yield Text(
-            f"The members took {spent:.3g} FLOPs in all; what a strategy computes at a birth and "
+            f"{who} took {spent:.3g} FLOPs in all; what a strategy computes at a birth and "
             "in a loss of its own is among them."
         )
     yield sections.planned_table(run)

@@ -167,6 +167,26 @@ def test_runs_that_do_otherwise_are_groups_named_by_what_they_do() -> None:
     assert [g.name for g in groups] == ["family", "train.lr: 0.012 -> 0.5"]
 
 
+def test_a_seed_counts_once() -> None:
+    ours = run("family", *CHAIN)
+    with pytest.raises(ConfigError, match="copy has the settings of family, its seed 0 too"):
+        compare_runs([ours, run("copy", *CHAIN)])
+    assert compare_runs([ours, run("next", *CHAIN, **{"family.seed": 1})]).family.seeds == [0, 1]
+    other = [run(name, *CHAIN, **{"train.lr": 0.5}) for name in ("one", "two")]
+    with pytest.raises(ConfigError, match="two has the settings of one"):
+        compare_runs([ours, *other])
+
+
+def test_nothing_is_claimed_over_an_ancestor_whose_cost_is_not_known() -> None:
+    damaged = MemberRecord("d1", "done", curve=CHAIN[0].curve)
+    scratch = run("scratch", member("d2", [4.0, 2.0, 1.5]), **{"family.strategy": "scratch"})
+    (row,) = family_with(scratch, damaged, CHAIN[1]).reached
+    assert (row.reached, row.saved(), row.control) == (None, None, None)
+    assert row.why == "an ancestor's figures are damaged, so what it spent is not known"
+    shown = list(family_points(run("family", damaged, CHAIN[1])))
+    assert {p.member for p in shown} == {"d1"}  # where d2 would begin is not known
+
+
 def test_other_text_is_refused_and_another_tokenizer_said() -> None:
     def other(**changes: Any) -> RunRecord:
         found = run("other", *CHAIN, **changes.pop("flags", {}))

@@ -271,6 +271,7 @@ def test_what_is_missing_or_damaged_is_named_and_left_out(
     assert said in text
     row = next(line for line in text.splitlines() if line.startswith("| d3 | "))
     assert (row.count("| - ") > 5) == (damage is damage_metrics)
+    assert "from d2, 0% inherited" not in text
     assert invoke("compare", str(copy)).exit_code == 0
 
 
