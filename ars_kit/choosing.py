@@ -130,10 +130,10 @@ def _require_figures(folder: RunFolder, family: Sequence[Mapping[str, Any]], rul
             continue
         measures = {"decode_tokens_per_second": "speed", "bleu": "bleu", "chrf": "bleu"}
         if name in measures:
-            first, last = family[0]["model_id"], family[-1]["model_id"]
+            names = " ".join(str(m["model_id"]) for m in family)
             raise ConfigError(
                 f"no member has {name} yet; measure it first: arskit evaluate "
-                f"{first} ... {last} --eval {measures[name]} --out {folder.path}"
+                f"{names} --eval {measures[name]} --out {folder.path}"
             )
         raise ConfigError(
             f"no member has a figure named {name!r}{did_you_mean(name, known)}. "

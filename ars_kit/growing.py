@@ -162,9 +162,14 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
 def _commit(growth: Growth, files: Any, facts: Mapping[str, Any]) -> None:
     """Let the directory appear, whole; whatever fails, nothing is left of it."""
     parent = growth.target.absolute().parent
-    with disk_errors(growth.target):
-        make_directory(parent)
-        scratch = Path(tempfile.mkdtemp(prefix=".arskit-", dir=parent))
+    try:
+        with disk_errors(growth.target):
+            make_directory(parent)
+            scratch = Path(tempfile.mkdtemp(prefix=".arskit-", dir=parent))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {growth.target}: {error.strerror}; choose another --into"
+        ) from error
     try:
         commit_directory(parent / growth.target.name, files, facts, scratch=scratch)
     finally:

@@ -99,8 +99,8 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
         int(row["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
-            f"{path}, line {number} is damaged ({error}): put a copy back, or remove that line, and "
-            "no more than what it says of its step is lost"
+            f"{path}, line {number} is damaged ({error}): put a copy back, or remove that line, "
+            "and no more than what it says of its step is lost"
         ) from error
     return row
 

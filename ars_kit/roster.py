@@ -28,6 +28,8 @@ from ars_kit.errors import ConfigError
 from ars_kit.schema import Choice, coerce, did_you_mean, parse_choice
 
 SUFFIX = ".toml"
+DEEPEST = 10_000
+"""Layers that nobody means to ask for."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TAKEN = ("best", "controls", "trackers")
 
@@ -126,6 +128,8 @@ def parse_depths(text: str) -> tuple[int, ...]:
         last = int(match.group(2) or first)
         if last < first:
             raise ConfigError(f"members {part!r} run downwards; write d{last}..d{first}")
+        if last > DEEPEST:  # said now: to lay it out would take all memory there is
+            raise ConfigError(f"members {part!r} go beyond {DEEPEST:,} layers; is that a slip?")
         depths += range(first, last + 1)
     if depths != sorted(set(depths)):
         raise ConfigError(f"members {text!r} must grow from one to the next, each named once")

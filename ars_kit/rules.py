@@ -14,7 +14,7 @@ DEFAULT_METRIC = "bits_per_byte"
 _BETTER_HIGH = re.compile(
     r"bleu|chrf|.*tokens_per_second.*|.*_(acc|acc_norm|acc_bytes|exact_match|f1|mcc|bleu|chrf)"
 )
-_NUMBER = r"[-+]?[\d_]*\.?\d+(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _LIMIT = re.compile(rf"\s*(\w[\w.-]*)\s*(<=|>=)\s*({_NUMBER})\s*")
 _WEIGHTED = re.compile(rf"\s*(\w[\w.-]*)\s*:\s*({_NUMBER})\s*")
 

@@ -209,6 +209,7 @@ def test_neither_a_unit_nor_another_member_changes_a_weighed_ranking(
         ("bleu:0", "weights above 0"),
         ("bleu:-1,chrf:1", "cannot read 'bleu:-1'"),
         ("bleu:1e999", "weights above 0"),
+        ("bleu:_1", "cannot read 'bleu:_1'"),
         ("bleu,chrf", "write FIGURE, or FIGURE:WEIGHT,FIGURE:WEIGHT"),
         ("bleu:1,bleu:2", "names bleu twice"),
     ],
@@ -233,7 +234,7 @@ def test_a_figure_measured_later_counts_where_the_text_is_the_same(
     family: RunFolder, tmp_path: Path
 ) -> None:
     fast = Rule(limits=(Limit("decode_tokens_per_second", most=False, bound=50),))
-    with pytest.raises(ConfigError, match=r"measure it first: arskit evaluate d2 \.\.\. d4 --eval"):
+    with pytest.raises(ConfigError, match=r"measure it first: arskit evaluate d2 d3 d4 --eval"):
         chosen(family, fast)
     for name, speed, text in (("d2", 90.0, "text"), ("d3", 60.0, "text"), ("d4", 99.0, "other")):
         home = kept_judgements(tmp_path, sha256(family.path / name / MANIFEST))
@@ -251,13 +252,14 @@ def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:
         chosen(family, Rule((Aim("blue"),)))
 
 
-@pytest.mark.parametrize("text", ["cost", "cost<1", "cost<=x", "<=3", "cost<=1,5"])
+@pytest.mark.parametrize("text", ["cost", "cost<1", "cost<=x", "<=3", "cost<=1,5", "cost<=_1"])
 def test_a_condition_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write FIGURE<=NUMBER"):
         parse_limit(text)
 
 
 def test_conditions_are_read() -> None:
+    assert parse_limit("parameters<=250_000.") == Limit("parameters", most=True, bound=250000.0)
     assert parse_limit("perplexity <= 1e2") == Limit("perplexity", most=True, bound=100.0)
     assert parse_limit("bleu>=-.5") == Limit("bleu", most=False, bound=-0.5)
 

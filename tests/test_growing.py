@@ -266,6 +266,8 @@ def test_a_failure_in_the_middle_leaves_nothing(
         (["base", "--to", "d5..d6"], 3, "write d14 for 14 layers"),
         (["base", "--to", "d3"], 3, "a grown member cannot have 3"),
         (["base", "--to", "d5", "--into", "base"], 3, "already exists"),
+        (["base", "--to", "d5", "--into", "base/config.json/x"], 3, "choose another --into"),
+        (["base", "--to", "d99999999999"], 3, "cannot grow to 'd99999999999'"),
         (["nothing", "--to", "d5"], 3, "no member 'nothing'"),
         (["base", "--to", "d5", "--strategy", "progresive"], 4, "did you mean 'progressive'"),
         (["base", "--to", "d5", "--strategy", "ewc"], 3, "ewc measures on training text"),

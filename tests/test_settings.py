@@ -163,3 +163,5 @@ def test_a_misspelt_variable_is_refused_and_other_programs_are_left_alone() -> N
 
 def test_members() -> None:
     assert parse_depths("d10..d12,d15") == (10, 11, 12, 15)
+    with pytest.raises(ConfigError, match="go beyond 10,000 layers"):
+        parse_depths("d10..d180000000000")

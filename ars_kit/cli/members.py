@@ -99,7 +99,7 @@ def evaluate(
     from ars_kit.evaluating import evaluate as judge
 
     overrides: dict[str, Any] = {}
-    if data:
+    if data is not None:
         overrides["data.source"] = data
     if evaluators:
         overrides["run.evaluators"] = list(evaluators)
