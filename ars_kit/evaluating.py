@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,13 +27,14 @@ from ars_kit.figures import device_name
 from ars_kit.host import Host
 from ars_kit.judge import joined, judge, judges_of, require_distinct
 from ars_kit.models import load_member
-from ars_kit.outcome import FROZEN, kept_judgements
+from ars_kit.outcome import FROZEN, kept_judgements, text_hashes
 from ars_kit.plan import parse_source, pick_device
 from ars_kit.resolving import resolve
 from ars_kit.schema import Choice
 from ars_kit.settings import Settings
 from ars_kit.source import NamedSource
 from ars_kit.spec import Assessment
+from ars_kit.spool import Progress
 from ars_kit.store import locate
 from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tokens import heldout_windows
@@ -134,12 +136,19 @@ def evaluate(
 
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
-    corpus = _corpus(court, path)
+    corpus = _prepared(
+        court.settings,
+        court.host,
+        path,
+        court.cache,
+        need_train=0 if court.whole else 1,
+        progress=court.watcher.preparing,
+    )
     checkpoint = directory_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     device = torch.device(pick_device(court.settings.train.device))
     model: PreTrainedModel | None = None
-    whole = Assessment({})
+    whole = Assessment({}, notes=_changed(court, path, corpus))
     for choice in choices:
         identity = _identity(court, choice, corpus, checkpoint, device)
         blob = json.dumps(identity, sort_keys=True, default=str).encode()
@@ -183,29 +192,50 @@ def heldout_text(
     """
     frozen = out / FROZEN
     settings = resolve(overrides, {}, frozen if frozen.exists() else None)
-    corpus = prepare(
-        NamedSource(host, parse_source(settings.data.source, host)),
-        tokenizer=_own_tokenizer(settings, path),
-        cache=cache,
-        heldout_fraction=settings.data.heldout_fraction,
-        need_heldout=2,
-    )
+    corpus = _prepared(settings, host, path, cache)
     return heldout_windows(corpus.heldout, settings.data.sequence_length)
 
 
-def _corpus(court: Court, path: Path) -> Corpus:
-    # The model's own tokenizer decides what its text looks like in tokens.
-    data = court.settings.data
-    source = NamedSource(court.host, parse_source(data.source, court.host))
-    return prepare(
-        source,
-        tokenizer=_own_tokenizer(court.settings, path),
-        cache=court.cache,
-        heldout_fraction=data.heldout_fraction,
-        need_train=0 if court.whole else 1,
+def _prepared(
+    settings: Settings,
+    host: Host,
+    path: Path,
+    cache: Path,
+    *,
+    need_train: int = 1,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Return the text in a model's own tokens."""
+    spec = _own_tokenizer(settings, path)
+    found = partial(
+        prepare,
+        NamedSource(host, parse_source(settings.data.source, host)),
+        cache=cache,
+        heldout_fraction=settings.data.heldout_fraction,
+        need_train=need_train,
         need_heldout=2,
-        progress=court.watcher.preparing,
+        progress=progress,
     )
+    corpus = found(tokenizer=spec)
+    trained_with = text_hashes(path.parent).get("tokenizer", corpus.facts.tokenizer_hash)
+    if isinstance(spec, TrainBPE) and corpus.facts.tokenizer_hash != trained_with:
+        # Of text that has changed, or by other settings, another tokenizer is made than it learned.
+        return found(tokenizer=Pretrained(str(path), ours=True))
+    return corpus
+
+
+def _changed(court: Court, path: Path, corpus: Corpus) -> dict[str, str]:
+    """Return the note that a member's text is no longer what it was trained on, where it is not."""
+    source, frozen = court.settings.data.source, path.parent / FROZEN
+    if not frozen.exists() or resolve({}, {}, frozen).data.source != source:
+        return {}
+    now = corpus.facts.data_hash
+    if court.whole or text_hashes(path.parent).get("data", now) == now:
+        return {}
+    return {
+        "text": f"{source} has changed since {path.name} was trained: what is held out of it now "
+        "may have been trained on"
+    }
 
 
 def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:

@@ -10,12 +10,14 @@ from typing import Any
 from ars_kit.durable import check_file
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.history import last_row
+from ars_kit.lineage import PRIVATE
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings
 from ars_kit.store import RunFolder, control_folder
 
 FROZEN = "run.toml"
+DATA_RECORD = "data.json"
 DOCUMENTS = "quality/documents.jsonl"
 
 
@@ -29,6 +31,18 @@ def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settin
     if not path.exists():
         raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
     return resolve(flags or {}, {}, path)
+
+
+def text_hashes(out: Path) -> dict[str, Any]:
+    """Return the hashes of a run's text (``data``) and tokenizer (``tokenizer``).
+
+    Empty where none are kept, or what is kept is damaged: a run says that, who only looks does not.
+    """
+    try:
+        found = json.loads((out / PRIVATE / DATA_RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_metrics(folder: RunFolder, name: str) -> dict[str, Any]:

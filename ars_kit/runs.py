@@ -14,7 +14,7 @@ from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
-from ars_kit.outcome import FROZEN
+from ars_kit.outcome import DATA_RECORD, FROZEN
 from ars_kit.plan import RunPlan, parse_source, require_batch
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
@@ -31,8 +31,6 @@ from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tracking import tracking
 from ars_kit.trainee import Stop
 from ars_kit.watching import FamilyWatcher
-
-DATA_RECORD = "data.json"
 
 
 def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched and stopped

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from conftest import make_text
 
+from ars_kit import evaluating
 from ars_kit.data import prepare
 from ars_kit.errors import ConfigError, DataError, PluginError
 from ars_kit.evaluating import evaluate
 from ars_kit.host import Host
 from ars_kit.models import build, save_member
+from ars_kit.outcome import FROZEN, frozen_settings
 from ars_kit.plan import parse_source
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
-from ars_kit.tokenizer import TrainBPE
+from ars_kit.tokenizer import TrainBPE, load_fast
 
 
 class Watcher:
@@ -153,3 +155,33 @@ def test_text_of_nothing_is_refused_and_of_one_letter_is_measured(
     found, _ = judge(stranger, text, tmp_path)
     assert found["heldout_loss"] > 0
     assert found["bits_per_byte"] is None
+
+
+def test_a_member_keeps_its_tokenizer_when_its_text_has_changed(
+    controlled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, texts = tmp_path / "run", tmp_path / "texts"
+    shutil.copytree(controlled, run)
+    source = frozen_settings(run).data.source
+    shutil.copytree(source, texts)
+    frozen = run / FROZEN
+    frozen.write_text(frozen.read_text(encoding="utf-8").replace(source, str(texts)))
+
+    def judged() -> dict[str, Any]:
+        return evaluate(["d4"], Host.installed(), run, cache, {}, watcher=Watcher())[0]
+
+    assert "text" not in judged()["notes"]
+    (texts / "000.txt").write_text("zebra quokka wombat " * 2000)
+    assert "has changed since d4 was trained" in judged()["notes"]["text"]
+    learned = load_fast(run / "d4").get_vocab()
+    used: list[dict[str, int]] = []
+    real = evaluating.prepare
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        corpus = real(*args, **kwargs)
+        used.append(load_fast(corpus.tokenizer_dir).get_vocab())
+        return corpus
+
+    monkeypatch.setattr(evaluating, "prepare", spied)
+    judged()
+    assert used[-1] == learned != used[0]
