@@ -26,7 +26,7 @@ from ars_kit.settings import Settings, differences, to_toml
 from ars_kit.shardable import require_shardable
 from ars_kit.source import NamedSource
 from ars_kit.spool import Progress
-from ars_kit.store import RunFolder, control_folder
+from ars_kit.store import BEST, RunFolder, control_folder
 from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tracking import tracking
 from ars_kit.trainee import Stop
@@ -82,6 +82,7 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
             folder.preflight(
                 plan.disk_bytes_for([m for m in plan.members if not folder.holds(m.name)])
             )
+        before = folder.members()
         with accelerator.main_process_first():
             texts = open_texts(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
@@ -101,7 +102,8 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
             return metrics, None
         chosen = choose(folder, metrics, Rule((Aim(usual_metric(metrics)),)))
         if accelerator.is_main_process:
-            record_best(folder, chosen)
+            if folder.members() != before or not (out / BEST).exists():
+                record_best(folder, chosen)  # else a choice that was made since stays
             write_report(out)
         return metrics, chosen["member"]
 

@@ -15,6 +15,7 @@ import torch
 from conftest import Quiet
 from safetensors.torch import load_file
 
+from ars_kit.choosing import select
 from ars_kit.comparison import compare
 from ars_kit.controls import plan_controls, with_curve
 from ars_kit.curve import sample
@@ -26,9 +27,10 @@ from ars_kit.outcome import frozen_settings, status
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.records import RunRecord, read_run
 from ars_kit.resolving import resolve
+from ars_kit.rules import Aim, Rule
 from ars_kit.runs import execute, train_control
 from ars_kit.settings import Settings
-from ars_kit.store import RunFolder, verify
+from ars_kit.store import BEST, RunFolder, verify
 from ars_kit.trainee import Stop
 
 
@@ -269,6 +271,17 @@ def test_starting_anew_takes_the_controls_along_unless_one_is_trained(
     assert (out / "d4").exists()
     folder.start_anew()
     assert {p.name for p in out.iterdir()} == {".arskit"}
+
+
+def test_a_choice_outlives_a_run_that_trains_nothing(
+    controlled: Path, cache: Path, host: Host, tmp_path: Path
+) -> None:
+    mine = tmp_path / "run"
+    shutil.copytree(controlled, mine)
+    chosen = select(mine, Rule((Aim("parameters"),)), cache)
+    assert chosen["member"] == "d2"
+    execute(plan_run(frozen_settings(mine), host), host, mine, cache, watcher=Quiet())
+    assert json.loads((mine / BEST).read_text(encoding="utf-8"))["member"] == "d2"
 
 
 def test_no_member_can_be_called_controls() -> None:
