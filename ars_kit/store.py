@@ -279,7 +279,8 @@ class RunFolder:
         members = [self.path / name for name in names]
         records = [self.path / n for n in (BEST, *WRITTEN, LINEAGE, "run.toml")]
         private = [p for p in self.private.iterdir() if p.name != LOCK]
-        for path in (*reversed(members), *records, *private):
+        # The plan goes last: a state that outlived it would be taken for one of the next plan.
+        for path in (*reversed(members), *private, *records):
             discard(path, scratch=self.private)
         self.create()
 

@@ -209,13 +209,15 @@ def test_a_power_cut_while_starting_anew_leaves_whole_members(
         shutil.copytree(base, folder.path)
         (folder.private / "data.json").write_text("{}")
         (folder.path / "notes.txt").write_text("mine")
+        (folder.path / "run.toml").write_text("")
         with suppress(PowerCut), watched(cut_at(n), monkeypatch) as disk:
             folder.start_anew()
         finished = len(disk.events) <= n
         standing = sorted(p.parent.name for p in folder.path.glob("d*/manifest.json"))
         assert standing == ["d1", "d2"][: len(standing)]
         assert all(check_directory(folder.path / name) == [] for name in standing)
-        folder.states("d3").load()
+        kept = folder.states("d3").load()
+        assert kept is None or (folder.path / "run.toml").exists()
         with folder.lock():
             folder.start_anew()
             assert {p.name for p in folder.path.iterdir()} == {".arskit", "notes.txt"}
