@@ -21,6 +21,9 @@ ARCHITECTURES: Mapping[str, type[PretrainedConfig]] = {
 }
 """What an embedded family can be made of."""
 
+WIDEST = 1 << 20
+"""Of an embedded model; the number of a matrix's entries must fit into 63 bits."""
+
 
 def embedded_config(
     depth: int,
@@ -61,6 +64,11 @@ def embedded_config(
         )
     given = dict(sizes or {})
     head = given.get("head_dim", head_dim)
+    if not aspect * depth * head_dim / 8 <= WIDEST:  # infinite ones and NaN too
+        raise ConfigError(
+            f"family.aspect {aspect:g} makes a model of {depth} layers wider than {WIDEST:,}; "
+            "make it smaller"
+        )
     width = given.get("hidden_size", head_dim * math.ceil(aspect * depth / 8))
     if "num_attention_heads" not in given and width % head:
         raise ConfigError(

@@ -82,6 +82,12 @@ def test_one_knob_sets_the_shape() -> None:
     assert std == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
 
 
+@pytest.mark.parametrize("aspect", [1e9, math.inf, math.nan])
+def test_a_width_beyond_all_use_is_refused(aspect: float) -> None:
+    with pytest.raises(ConfigError, match=r"family\.aspect .* of 10 layers wider than 1,048,576"):
+        embedded_config(10, vocab_size=60, context=32, aspect=aspect)
+
+
 def test_grown_config_changes_the_depth_alone() -> None:
     base = config_of(Qwen3Config, head_dim=8, rope_parameters={"rope_theta": 77.0})
     grown = grown_config(base, 5)
