@@ -232,9 +232,9 @@ def test_the_mask_s_memory_is_foreseen(short_documents: Path) -> None:
 def test_what_cannot_keep_documents_apart_is_refused(
     short_documents: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ars_kit import family
+    from ars_kit import dealing
 
-    monkeypatch.setattr(family, "packing", SimpleNamespace(keeps_apart=lambda _: False))
+    monkeypatch.setattr(dealing, "packing", SimpleNamespace(keeps_apart=lambda _: False))
     with pytest.raises(ConfigError, match="a qwen2 cannot keep the documents of a sequence apart"):
         execute(planned(short_documents), Host.installed(), tmp_path, cache, watcher=Quiet())
     assert not (tmp_path / "d2").exists()

@@ -225,10 +225,10 @@ def test_a_trunk_is_left_before_it_cools(run: Run) -> None:
 
 
 def test_a_trunk_s_heir_begins_as_its_parent_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ars_kit import family
+    from ars_kit import dealing
 
     seen: dict[str, Any] = {}
-    bear = family.bear
+    bear = dealing.bear
 
     def watching(cradle: Any, member: Any) -> Any:
         if member.name == "d3":
@@ -237,7 +237,7 @@ def test_a_trunk_s_heir_begins_as_its_parent_was(run: Run, monkeypatch: pytest.M
         seen[member.name] = born
         return born
 
-    monkeypatch.setattr(family, "bear", watching)
+    monkeypatch.setattr(dealing, "bear", watching)
     done = run("trunk")
     step, tree = seen["state"]
     assert step == stable_steps(18, 0.3)
