@@ -163,12 +163,18 @@ def _copied(
 ) -> PreTrainedModel:
     """Return a teacher, whole on each device; it is sent there from the main process's host."""
     if own is None:
-        model = skeleton(config)
-        weights = weights_of(model)
-        materialise(model, device)
-        model.tie_weights()  # a tied head was given room of its own
+        empty = skeleton(config)
+        weights = weights_of(empty)
+        model = unfilled(empty, device)
     else:
         model, weights = own, weights_of(own)
         model.to(device)  # type: ignore[arg-type]
     receive_weights(model, weights)
+    return model
+
+
+def unfilled(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Return a skeleton with room for its weights on a device, in place; nothing is drawn."""
+    materialise(model, device)
+    model.tie_weights()  # a tied head was given room of its own
     return model

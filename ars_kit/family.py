@@ -16,7 +16,7 @@ from ars_kit.adapters import Adapters, new_tensors, share_of
 from ars_kit.births import Cradle, Newborn, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
-from ars_kit.dealing import delivered
+from ars_kit.dealing import delivered, unfilled
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
@@ -29,6 +29,7 @@ from ars_kit.models import (
     flops_per_token,
     parameter_groups,
     save_member,
+    skeleton,
     weights_of,
 )
 from ars_kit.optim import build_optimizer, under_recipe
@@ -224,7 +225,7 @@ def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTra
     if not is_sharded(model):
         return model
     main = family.accelerator.is_main_process
-    whole = build(member.config, seed=0) if main else model
+    whole = unfilled(skeleton(member.config), torch.device("cpu")) if main else model
     room = weights_of(whole)
     for name, part in weights_of(model).items():  # one at a time, so that they stand once
         weight = gathered(part, keep=main)

@@ -48,14 +48,14 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     """
     # Weights in bf16 compute in it by themselves.
     autocast = plan.precision == "bf16" and not plan.recipe.bf16_weights
-    waits = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     accelerator = Accelerator(
         cpu=plan.device == "cpu",
         mixed_precision="bf16" if autocast else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if waits else [],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if sharded else [],
     )
     require_alone(plan.recipe, accelerator.num_processes)
-    if plan.device == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if plan.device == "cpu" and sharded:
         _shard_on_cpu(accelerator)
     if accelerator.distributed_type in {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}:
         raise ConfigError(

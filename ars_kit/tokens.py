@@ -9,18 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ars_kit.errors import ConfigError, DataError
-from ars_kit.tokenizer import load_pretrained
-
-__all__ = [
-    "Batches",
-    "Ends",
-    "Replayed",
-    "TokenStream",
-    "heldout_windows",
-    "load_pretrained",
-    "permuted",
-    "positions_in",
-]
 
 TokenStream = npt.NDArray[Any]
 """A 1-d array of uint16 or uint32 token ids, memory-mapped."""

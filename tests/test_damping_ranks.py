@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two
 
 from ars_kit_plugins.ars import ARS
 from ars_kit_plugins.gating import TensorState
@@ -140,18 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     found = {}
     for how in HOWS:
         folder = tmp_path_factory.mktemp(how)
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), how, str(folder)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        for process in ranks:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
+        run_two(__file__, how, folder, environment={"OMP_NUM_THREADS": "1"})
         found[how] = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
     return found
 

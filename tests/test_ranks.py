@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import rendezvous, run_two
 
 from ars_kit.errors import ArsKitError, ConfigError, Preempted
 from ars_kit.sharding import is_sharded
@@ -98,23 +97,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, cache: 
         patch.setenv("ARSKIT_CACHE", str(cache))
         train(home / "one", texts)
         train(home / "one-adapted", texts, *ADAPTED)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(home), texts],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        for rank, process in enumerate(ranks):
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == (-signal.SIGKILL if rank else 0), errors[-3000:]
+        ends = (0, -signal.SIGKILL)
+        run_two(__file__, home, texts, environment=rendezvous(), ends=ends)
         for left in (LOST, MOVED):
             assert not (home / left / "d3").exists()
         parts = sorted((home / MOVED / ".arskit" / "state" / "d3").glob("step-*/*.safetensors"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two
 
 TRAIN = ("adamw", "sgd", "sgd:momentum=0", "muon")
 
@@ -107,18 +107,7 @@ def rank_main(rank: int, folder: Path) -> None:
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each process said of each optimizer, nothing where it trains."""
     folder = tmp_path_factory.mktemp("shardable")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    run_two(__file__, folder)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     found: dict[str, str] = first

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import rendezvous, run_two
 from test_ranks import FSDP, rows, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -164,24 +163,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, cache: 
         patch.setenv("ARSKIT_CACHE", str(cache))
         for name in RUNS:
             train(home / "one" / name, texts, *options(home, name))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "ARSKIT_CACHE": str(cache), "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(home), texts],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
+    shared = {**rendezvous(), "ARSKIT_CACHE": str(cache)}
+    run_two(__file__, home, texts, environment=shared)
     return home
 
 

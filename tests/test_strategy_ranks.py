@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import rendezvous, run_two
 
 STRATEGIES = {"distill": "distill:weight=2", "ewc": "ewc:sequences=2,strength=100"}
 
@@ -38,24 +36,8 @@ def trained(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ARSKIT_CACHE", str(cache))
         train(found[1], str(text_folder))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "ARSKIT_CACHE": str(cache), "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(found[2]), str(text_folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
+    shared = {**rendezvous(), "ARSKIT_CACHE": str(cache)}
+    run_two(__file__, found[2], text_folder, environment=shared)
     return found
 
 
@@ -90,4 +72,4 @@ def test_every_process_s_products_are_counted(trained: dict[int, Path], strategy
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), sys.argv[2])
+    train(Path(sys.argv[2]), sys.argv[3])

@@ -14,7 +14,7 @@ from llguidance.hf import from_tokenizer
 from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
 from transformers import GenerationConfig
 
-from ars_kit.tokens import load_pretrained
+from ars_kit.tokenizer import load_pretrained
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
