@@ -72,8 +72,10 @@ def resume(job: Trainee) -> int:
     if job.recovery.watch is not None and job.recovery.anchor is None:
         job.recovery.anchor = step
     if job.accelerator.is_main_process:
-        job.folder.states(job.plan.name).cut(step)
-        job.folder.states(job.plan.name).cut(step + 1, name=CURVE)
+        states = job.folder.states(job.plan.name)
+        states.prune(job.recovery.keep(step, regular=False))
+        states.cut(step)
+        states.cut(step + 1, name=CURVE)
     job.accelerator.wait_for_everyone()
     return step
 

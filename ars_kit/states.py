@@ -93,9 +93,20 @@ class States:
                     sync(record)
         header = {"member": self.member, "step": step}
         commit_directory(self.home / name, files, header, scratch=self._scratch)
-        newest = {done: path for path in older if (done := _state_order(path)[0]) in keep}
-        newest.pop(step, None)
-        for path in older:
+        self.prune(keep)
+
+    def prune(self, keep: Collection[int] = ()) -> None:
+        """Remove all states but the newest, and the newest after each of some steps.
+
+        A save does so last. A run that goes on does it once more: the one before may have been
+        killed between the two, and may have nothing left to save.
+
+        Args:
+            keep: steps whose newest states stay.
+        """
+        paths = self._paths()
+        newest = {done: path for path in paths if (done := _state_order(path)[0]) in keep}
+        for path in paths[:-1]:
             if path not in newest.values():
                 discard(path, scratch=self._scratch)
 

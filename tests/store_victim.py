@@ -46,6 +46,7 @@ def train_member(
     folder: RunFolder, name: str, parent: str | None, steps: int, report: int | None
 ) -> None:
     step, tree = folder.states(name).load() or (0, {"w": torch.full((2000,), 1.0), "seen": []})
+    folder.states(name).prune()
     folder.states(name).cut(step)
     while step < steps:
         tree = {"w": tree["w"] * 1.01 + step, "seen": [*tree["seen"], step]}

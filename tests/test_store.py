@@ -185,6 +185,27 @@ def test_states_saved_again_are_ordered_by_number(folder: RunFolder) -> None:
     assert [p.name for p in home.glob("step-*")] == ["step-00000009.12"]
 
 
+def test_what_a_kill_left_beside_the_newest_state_goes_when_the_run_goes_on(
+    folder: RunFolder,
+) -> None:
+    """Killed after a state was committed and before the older one was removed."""
+    states = folder.states("d1")
+    states.prune()
+    for step in (10, 20, 20, 30, 30):
+        states.save({"v": step}, step=step, keep=[10])
+        kept = folder.private / f"kept-{len(list(folder.private.glob('kept-*')))}"
+        shutil.copytree(states.home, kept)
+    for kept in sorted(folder.private.glob("kept-*")):
+        shutil.copytree(kept, states.home, dirs_exist_ok=True)
+    assert len(list(states.home.glob("step-*"))) == 5
+    states.prune([10, 20])
+    assert sorted(p.name for p in states.home.glob("step-*")) == [
+        "step-00000010", "step-00000020.1", "step-00000030.1"
+    ]  # fmt: skip
+    states.prune([30])
+    assert [p.name for p in states.home.glob("step-*")] == ["step-00000030.1"]
+
+
 def test_states_that_are_asked_for_stay_beside_the_newest(folder: RunFolder) -> None:
     for step in (10, 20, 30):
         folder.states("d1").save({"v": step}, step=step, keep=[10])
