@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import QUIET, call_forked, call_started
 
 from ars_kit.spec import StepSignal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.update(QUIET)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = (
@@ -85,19 +85,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arskit(cache: Path, tmp_path: Path) -> Cli:
-    """Run the command line in a process of its own."""
+    """Call the command line in a process forked from one that has imported what it needs."""
+    return _command(call_forked, cache, tmp_path)
+
+
+@pytest.fixture
+def arskit_started(cache: Path, tmp_path: Path) -> Cli:
+    """Call the command line in a process started for it, as a shell does."""
+    return _command(call_started, cache, tmp_path)
+
+
+def _command(how: Cli, cache: Path, folder: Path) -> Cli:
+    own = {"ARSKIT_CACHE": str(cache), "COLUMNS": "200"}
 
     def call(*args: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "ARSKIT_CACHE": str(cache), "COLUMNS": "200", **extra}
-        return subprocess.run(
-            [sys.executable, "-m", "ars_kit", *args],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        return how(args, folder=folder, environment={**os.environ, **own, **extra})
 
     return call
 

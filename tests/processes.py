@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+from commands import Forked, script
 
 
 def rendezvous() -> dict[str, str]:
@@ -18,22 +19,25 @@ def rendezvous() -> dict[str, str]:
 
 
 def run_two(
-    script: str,
+    path: str,
     *arguments: object,
     environment: Mapping[str, str] | None = None,
     ends: tuple[int, int] = (0, 0),
 ) -> None:
     """Run a file in two processes, each given its rank and the arguments, and await their ends."""
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), *map(str, arguments)],
-            env={**os.environ, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Forked(
+            script,
+            path,
+            str(rank),
+            *map(str, arguments),
+            folder=Path.cwd(),
+            environment={
+                **os.environ, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)
+            },
         )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     for process, end in zip(ranks, ends, strict=True):
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate()
         assert process.returncode == end, errors[-3000:]

@@ -21,6 +21,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from commands import call_forked
 
 from ars_kit import errors
 from ars_kit.cli import cli
@@ -269,15 +270,11 @@ ON_THE_WAY = re.compile(r"^\w+: step \d+/\d+, .*\n", re.MULTILINE)
 
 def execute(example: Example, folder: Path, cache: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ARSKIT_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "ars_kit", *example.arguments],
-        cwd=folder,
-        env={**environment, "ARSKIT_CACHE": str(cache), "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
+    done = call_forked(
+        example.arguments,
+        folder=folder,
+        environment={**environment, "ARSKIT_CACHE": str(cache), "COLUMNS": "200"},
+        together=True,
     )
     assert done.returncode == example.exit_code, f"{example}\n{done.stdout}"
     if example.output:
