@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -163,3 +164,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from served import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("served") / "tiny")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,6 +70,8 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
         _print_plan(plan, out, console, plan_controls(plan, host))
+    # What was imported lives as long as this process: no collection need look at it again.
+    gc.freeze()
     stop = Stop()
     with stop.listening():
         with display.showing() if main_process else nullcontext():
