@@ -34,11 +34,11 @@ WORDS = (
 )
 
 LONG = (
-    "test_package.py", "test_docs.py", "test_ranks.py", "test_benchmarks.py",
-    "test_serving_fuzz.py", "test_memory.py", "test_speed_benchmarks.py", "test_strategy_ranks.py",
-    "test_damping_ranks.py", "test_serving_load.py", "test_sharded_births.py",
+    "test_package.py", "test_strategy_runs.py", "test_strategy_rules.py", "test_memory.py",
+    "test_run.py", "test_exporting.py", "test_benchmarks.py", "test_speed_benchmarks.py",
+    "test_sharded_births.py", "test_serving_load.py", "test_recovery.py", "test_docs.py",
 )  # fmt: skip
-"""Files of a minute or more: they go first, or the last of them would run beside nothing."""
+"""The files that take longest: they go first, or the last of them would run beside nothing."""
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
