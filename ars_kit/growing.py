@@ -7,8 +7,8 @@ the source, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from ars_kit.schema import Choice
 from ars_kit.shapes import grown_config
 from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed, like
 from ars_kit.stored import fresh_weights, save_weights, stored_weights, streamed_model
+from ars_kit.workbench import workbench
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -162,18 +163,16 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
 def _commit(growth: Growth, files: Any, facts: Mapping[str, Any]) -> None:
     """Let the directory appear, whole; whatever fails, nothing is left of it."""
     parent = growth.target.absolute().parent
-    try:
-        with disk_errors(growth.target):
-            make_directory(parent)
-            scratch = Path(tempfile.mkdtemp(prefix=".arskit-", dir=parent))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {growth.target}: {error.strerror}; choose another --into"
-        ) from error
-    try:
+    with contextlib.ExitStack() as work:
+        try:
+            with disk_errors(growth.target):
+                make_directory(parent)
+                scratch = work.enter_context(workbench(parent))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {growth.target}: {error.strerror}; choose another --into"
+            ) from error
         commit_directory(parent / growth.target.name, files, facts, scratch=scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _require_names(

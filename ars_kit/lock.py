@@ -65,19 +65,49 @@ def exclusive(path: Path, *, what: Path, otherwise: str = "choose another --out"
         _take(handle, what, otherwise)
         yield
     finally:
-        if handle in _held:  # not so in a forked child, where it is closed already
-            _held.remove(handle)
-            os.close(handle)
+        _let_go(handle)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a lock file was signed by somebody who does not hold it any more.
+
+    One without a signature may be about to be locked. Nothing is written: a disk may be full.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    _held.add(handle)
+    try:
+        if not os.fstat(handle).st_size:
+            return False
+        _lock(handle)
+    except OSError:
+        return False
+    finally:
+        _let_go(handle)
+    return True
+
+
+def _let_go(handle: int) -> None:
+    if handle in _held:  # not so in a forked child, where it is closed already
+        _held.remove(handle)
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Lock a file, or raise the system's error at once."""
+    if sys.platform == "win32":
+        os.lseek(handle, _FAR, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _take(handle: int, what: Path, otherwise: str) -> None:
     """Lock and sign, or say who has."""
     try:
-        if sys.platform == "win32":
-            os.lseek(handle, _FAR, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle)
     except OSError as error:
         if error.errno not in _BUSY:
             raise _unusable(what, error, otherwise) from error

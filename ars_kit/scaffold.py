@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import keyword
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -18,6 +16,7 @@ from string import Template
 from ars_kit.errors import ConfigError
 from ars_kit.kinds import KINDS
 from ars_kit.schema import did_you_mean
+from ars_kit.workbench import workbench
 
 PYPROJECT = """\
 [build-system]
@@ -120,15 +119,12 @@ def write_package(kind: str, name: str, into: Path) -> Path:
         raise ConfigError(f"{target} already exists; remove it, or choose another --into")
     try:
         into.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".arskit-", dir=into))
-        try:
+        with workbench(into) as scratch:
             for path, text in files.items():
                 file = scratch / target.name / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text, encoding="utf-8", newline="\n")
             (scratch / target.name).rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
     return target

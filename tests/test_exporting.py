@@ -223,6 +223,9 @@ def test_what_cannot_be_exported_says_why(checkpoint: Path, tmp_path: Path) -> N
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export(checkpoint, tmp_path / "taken", Choice("onnx"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write .*file/x: .*; choose another place"):
+        export(checkpoint, tmp_path / "file" / "x", Choice("onnx"))
     assert not (tmp_path / "x").exists()
 
 

@@ -259,6 +259,16 @@ def test_a_failure_in_the_middle_leaves_nothing(
     assert everything(source.parent) == before
 
 
+def test_what_a_killed_growth_left_goes_with_the_next(source: Path, call: Call) -> None:
+    left = source.parent / ".arskit-dead"
+    (left / "tmp-1-abc").mkdir(parents=True)
+    (left / "workbench.lock").write_text("process 1 of nobody")
+    before = {name for name in everything(source.parent) if not name.startswith(left.name)}
+    assert call(source, "--to", "d5")[0] == 0
+    made = {f"base-to-d5/{name}" for name in everything(source.parent / "base-to-d5")}
+    assert everything(source.parent) == {*before, "base-to-d5", *made}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

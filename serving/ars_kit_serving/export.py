@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ from ars_kit.host import Host
 from ars_kit.models import TOKENIZER_FILES, load_base
 from ars_kit.schema import Choice
 from ars_kit.spec import Exporter
+from ars_kit.workbench import workbench
 from ars_kit_serving.checkpoints import Checkpoint
+from ars_kit_serving.kept import TransientError
 from ars_kit_serving.parity import LENGTHS, compare
 
 PARITY = "parity.json"
@@ -90,7 +92,7 @@ def write_compared(
         facts: of the export; what the comparison found is added.
 
     Raises:
-        ConfigError: the model cannot be exported.
+        ConfigError: the model cannot be exported, or the target cannot be written.
         ParityError: what was exported computes something else.
     """
 
@@ -102,14 +104,17 @@ def write_compared(
         (folder / PARITY).write_text(text, encoding="utf-8")
 
     parent = target.absolute().parent
-    with disk_errors(target):
-        make_directory(parent)
-        scratch = Path(tempfile.mkdtemp(prefix=".arskit-", dir=parent))
-    try:
+    with contextlib.ExitStack() as work:
+        try:
+            with disk_errors(target):
+                make_directory(parent)
+                scratch = work.enter_context(workbench(parent))
+        except OSError as error:
+            raise TransientError(
+                f"cannot write {target}: {error.strerror}; choose another place for it"
+            ) from error
         header = {"export": facts["format"], "source_sha256": facts["source_sha256"]}
         commit_directory(parent / target.name, files, header, scratch=scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _copy(source: Path, folder: Path) -> None:
