@@ -75,6 +75,7 @@ class Court:
         whole: the text is nobody's training text: all of it is judged.
         fresh: measure again what is in the cache.
         watcher: told how far it is.
+        device: that models are judged on, in float32.
     """
 
     host: Host
@@ -84,6 +85,7 @@ class Court:
     whole: bool
     fresh: bool
     watcher: JudgingWatcher
+    device: torch.device
 
 
 def evaluate(
@@ -108,7 +110,8 @@ def evaluate(
         fresh: measure again what is in the cache.
 
     Raises:
-        ConfigError: there is none of that name, or an evaluator's setting does not fit.
+        ConfigError: there is none of that name, an evaluator's setting does not fit, or the device
+            is not here.
         DataError: the text cannot be had, or is too little.
         IntegrityError: a member is damaged.
         PluginError: an evaluator failed.
@@ -120,7 +123,8 @@ def evaluate(
     if whole:
         data = dataclasses.replace(settings.data, heldout_fraction=1.0, heldout_tokens=None)
         settings = dataclasses.replace(settings, data=data)
-    court = Court(host, settings, out, cache, whole, fresh, watcher)
+    device = pick_device(settings.train.device)
+    court = Court(host, settings, out, cache, whole, fresh, watcher, device)
     choices = settings.run.evaluators if "run.evaluators" in overrides else judges_of(settings)
     require_distinct(choices)
     for choice in choices:
@@ -146,11 +150,10 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
     )
     checkpoint = directory_hash(path)
     home = kept_judgements(court.cache, checkpoint)
-    device = torch.device(pick_device(court.settings.train.device))
     model: PreTrainedModel | None = None
     whole = Assessment({}, notes=_changed(court, path, corpus))
     for choice in choices:
-        identity = _identity(court, choice, corpus, checkpoint, device)
+        identity = _identity(court, choice, corpus, checkpoint)
         blob = json.dumps(identity, sort_keys=True, default=str).encode()
         file = home / f"{hashlib.sha256(blob).hexdigest()[:24]}.json"
         part = None if court.fresh else _read(file)
@@ -158,7 +161,7 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
         if part is None:
             court.watcher.judging(label, choice.name)
             if model is None:
-                model = load_member(path).to(device)  # type: ignore[arg-type]
+                model = load_member(path).to(court.device)  # type: ignore[arg-type]
             part = judge(
                 court.host,
                 court.settings,
@@ -247,9 +250,7 @@ def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
     return TrainBPE(settings.family.vocab_size) if same_text else Pretrained(str(path))
 
 
-def _identity(
-    court: Court, choice: Choice, corpus: Corpus, checkpoint: str, device: torch.device
-) -> dict[str, Any]:
+def _identity(court: Court, choice: Choice, corpus: Corpus, checkpoint: str) -> dict[str, Any]:
     """Return all that a judgement depends on."""
     data, facts = court.settings.data, corpus.facts
     settings = court.host.check("evaluators", choice)
@@ -264,7 +265,7 @@ def _identity(
         "settings": settings,
         "files": _named_files(settings.values()),
         "plugin": str(court.host.listing("evaluators", choice.name).plugin),
-        "device": device_name(device),
+        "device": device_name(court.device),
         "versions": {p: version(p) for p in ("torch", "transformers")},
     }
 

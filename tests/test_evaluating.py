@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import make_text
 
 from ars_kit import evaluating
+from ars_kit.cli import cli
 from ars_kit.data import prepare
 from ars_kit.errors import ConfigError, DataError, PluginError
 from ars_kit.evaluating import evaluate
@@ -142,6 +144,30 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
         judge(stranger, other, tmp_path, "blue")
     with pytest.raises(ConfigError, match="'speed' has no setting 'repeat'"):
         judge(stranger, other, tmp_path, "speed:repeat=3")
+
+
+def test_another_device_than_the_runs_can_be_named(
+    controlled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(controlled, run)
+    frozen = run / FROZEN
+    frozen.write_text(
+        frozen.read_text(encoding="utf-8").replace('device = "auto"', 'device = "mps"')
+    )
+    assert frozen_settings(run).train.device == "mps"
+    monkeypatch.setenv("ARSKIT_CACHE", str(cache))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+
+    def judged(*more: str) -> Any:
+        return CliRunner().invoke(cli, ["evaluate", "d2", "--out", str(run), "--json", *more])
+
+    with pytest.raises(ConfigError, match=r"device 'mps' is not available here; there is: .*cpu"):
+        raise judged().exception
+    with pytest.raises(ConfigError, match=r"train\.device must be one of auto, cpu, cuda, mps"):
+        raise judged("--device", "tpu").exception
+    (found,) = json.loads(judged("--device", "cpu").stdout)
+    assert found["model_id"] == "d2"
 
 
 def test_text_of_nothing_is_refused_and_of_one_letter_is_measured(

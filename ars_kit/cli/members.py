@@ -15,6 +15,8 @@ from ars_kit.cli.options import (
     make_console,
     make_host,
     out_option,
+    over_the_run,
+    overrides,
 )
 from ars_kit.errors import IntegrityError
 
@@ -81,28 +83,21 @@ def verify(out: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, shell_complete=names_in_run)
-@click.option("--data", help="Judge on other text: a path, hf:owner/name, or a source.")
-@click.option("--eval", "evaluators", multiple=True, help="Evaluator, NAME:key=value. Repeatable.")
+@click.option(
+    "--data", "data__source", help="Judge on other text: a path, hf:owner/name, or a source."
+)
+@click.option(
+    "--eval", "run__evaluators", multiple=True, help="Evaluator, NAME:key=value. Repeatable."
+)
+@over_the_run("--device")
 @click.option("--fresh", is_flag=True, help="Measure again what is in the cache.")
 @out_option
 @json_option
-def evaluate(
-    names: tuple[str, ...],
-    data: str | None,
-    evaluators: tuple[str, ...],
-    fresh: bool,
-    out: Path,
-    as_json: bool,
-) -> None:
+def evaluate(names: tuple[str, ...], out: Path, as_json: bool, fresh: bool, **options: Any) -> None:
     """Judge members, d10..d18, 'best', or any model directory."""
     from ars_kit.display import JudgingDisplay
     from ars_kit.evaluating import evaluate as judge
 
-    overrides: dict[str, Any] = {}
-    if data is not None:
-        overrides["data.source"] = data
-    if evaluators:
-        overrides["run.evaluators"] = list(evaluators)
     display = JudgingDisplay(make_console(stderr=True))
     with display.showing():
         found = judge(
@@ -110,7 +105,7 @@ def evaluate(
             make_host(),
             out,
             cache_folder(),
-            overrides,
+            overrides(options),
             watcher=display,
             fresh=fresh,
         )

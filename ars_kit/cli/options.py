@@ -87,7 +87,7 @@ class SettingOption(click.Option):
 
         record = super().get_help_record(ctx)
         default = Settings().flat()[self.key]
-        if record is None or default in (None, (), False):
+        if record is None or self.show_default or default in (None, (), False):
             return record
         return record[0], f"{record[1]}  [default: {spelled(default)}]"
 
@@ -117,6 +117,24 @@ class SettingOption(click.Option):
         return found
 
 
+def _option(flag: str, key: str, text: str, **form: Any) -> Callable[[F], F]:
+    return click.option(flag, key.replace(".", "__"), help=text, cls=SettingOption, **form)
+
+
+def over_the_run(*flags: str) -> Callable[[F], F]:
+    """Return what adds some of :data:`FLAGS` to a command whose other settings are the run's."""
+
+    def added(command: F) -> F:
+        for flag, key, text in reversed(FLAGS):
+            if flag in flags:
+                command = _option(flag, key, text, metavar="VALUE", show_default="the run's")(
+                    command
+                )
+        return command
+
+    return added
+
+
 def run_options(command: F) -> F:
     """Add every option that sets a setting."""
     for flag, key, text in reversed(MANY):
@@ -128,9 +146,7 @@ def run_options(command: F) -> F:
         form: dict[str, Any] = {"metavar": "VALUE"}
         if key in SWITCHES:
             form = {"is_flag": True, "default": None}
-        command = click.option(flag, key.replace(".", "__"), help=text, cls=SettingOption, **form)(
-            command
-        )
+        command = _option(flag, key, text, **form)(command)
     command = click.option(
         "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
     )(command)
@@ -174,7 +190,7 @@ def settings_from(options: Mapping[str, Any]) -> Settings:
     """Resolve the options of :func:`run_options`, the environment and the settings file."""
     from ars_kit.resolving import resolve
 
-    return resolve(_flags(options), os.environ, options["file"])
+    return resolve(overrides(options), os.environ, options["file"])
 
 
 def settings_of_run(out: Path, options: Mapping[str, Any]) -> Settings:
@@ -187,12 +203,13 @@ def settings_of_run(out: Path, options: Mapping[str, Any]) -> Settings:
 
     if options["file"]:
         raise ConfigError("the settings are those of the folder's run.toml; drop --config")
-    return frozen_settings(out, _flags(options))
+    return frozen_settings(out, overrides(options))
 
 
-def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a command's options set, by ``section.key``."""
     flags: dict[str, Any] = {}
-    for assignment in options["assignments"]:
+    for assignment in options.get("assignments", ()):
         key, equals, value = assignment.partition("=")
         if not equals:
             raise ConfigError(f"cannot read --set {assignment!r}; write --set section.key=value")
