@@ -11,7 +11,7 @@ import numpy as np
 
 from ars_kit.durable import sha256
 from ars_kit.errors import ConfigError
-from ars_kit.outcome import kept_judgements, read_documents, read_metrics
+from ars_kit.outcome import kept_judgements, read_documents, read_metrics, text_hashes
 from ars_kit.resampling import CONFIDENCE, difference_interval
 from ars_kit.rules import DEFAULT_METRIC, Rule
 from ars_kit.schema import did_you_mean
@@ -101,14 +101,20 @@ def record_best(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
-    """Return a member's own figures, and those of later judgements on the same text it lacks."""
+    """Return a member's own figures, and those it lacks of later judgements.
+
+    Those count that were made on the held-out side of the run's text, as its own figures are,
+    whatever text it was trained on.
+    """
     metrics = read_metrics(folder, name)
+    text = text_hashes(folder.path).get("data", metrics["data_hash"])
     later: dict[str, Any] = {}
     checkpoint = sha256(folder.path / name / "manifest.json")
     for file in sorted(kept_judgements(cache, checkpoint).glob("*.json"), key=_age):
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
-            if tree["identity"]["data"] == metrics["data_hash"]:
+            identity = tree["identity"]
+            if identity["data"] == text and identity["heldout_fraction"] < 1:
                 later |= tree["figures"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of another version: as if it had never been measured

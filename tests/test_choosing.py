@@ -230,6 +230,17 @@ def test_the_earlier_of_two_equals_wins(family: RunFolder) -> None:
     assert chosen(family, Rule())["member"] == "d4"
 
 
+def keep(
+    folder: RunFolder, name: str, cache: Path, text: str, share: float = 0.1, **figures: float
+) -> Path:
+    """Keep a judgement of a member as `arskit evaluate` does."""
+    home = kept_judgements(cache, sha256(folder.path / name / MANIFEST))
+    home.mkdir(parents=True)
+    tree = {"identity": {"data": text, "heldout_fraction": share}, "figures": figures}
+    (home / "a.json").write_text(json.dumps(tree))
+    return home / "a.json"
+
+
 def test_a_figure_measured_later_counts_where_the_text_is_the_same(
     family: RunFolder, tmp_path: Path
 ) -> None:
@@ -237,14 +248,25 @@ def test_a_figure_measured_later_counts_where_the_text_is_the_same(
     with pytest.raises(ConfigError, match=r"measure it first: arskit evaluate d2 d3 d4 --eval"):
         chosen(family, fast)
     for name, speed, text in (("d2", 90.0, "text"), ("d3", 60.0, "text"), ("d4", 99.0, "other")):
-        home = kept_judgements(tmp_path, sha256(family.path / name / MANIFEST))
-        home.mkdir(parents=True)
-        tree = {"identity": {"data": text}, "figures": {"decode_tokens_per_second": speed}}
-        (home / "a.json").write_text(json.dumps(tree))
-        (home / "b.json").write_text("damaged")
+        kept = keep(family, name, tmp_path, text, decode_tokens_per_second=speed)
+        kept.with_name("b.json").write_text("damaged")
     found = chosen(family, fast, tmp_path)
     assert found["member"] == "d3"
     assert found["left_out"] == {"d4": "decode_tokens_per_second was not measured"}
+
+
+def test_later_figures_count_that_were_measured_on_what_is_held_out_of_the_runs_text(
+    family: RunFolder, tmp_path: Path
+) -> None:
+    family.write_text(".arskit/data.json", json.dumps({"data": "text", "others": {"b": "own"}}))
+    commit(family, "d5", 1.7, data_hash="own")  # trained on another, judged on the run's
+    commit(family, "d6", 1.7, data_hash="own")
+    keep(family, "d5", tmp_path, "text", chrf=5.0)
+    keep(family, "d6", tmp_path, "own", chrf=99.0)
+    keep(family, "d4", tmp_path, "text", share=1.0, chrf=99.0)  # with what it was trained on
+    found = chosen(family, Rule((Aim("chrf"),)), tmp_path)
+    assert found["member"] == "d5"
+    assert {*found["left_out"]} == {"d2", "d3", "d4", "d6"}
 
 
 def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:
