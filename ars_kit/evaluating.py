@@ -140,18 +140,14 @@ def evaluate(
 
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
-    corpus = _prepared(
-        court.settings,
-        court.host,
-        path,
-        court.cache,
-        need_train=0 if court.whole else 1,
-        progress=court.watcher.preparing,
-    )
+    asked, (court, corpus) = court, _before(court, path)
+    notes = _changed(court, path, corpus)
+    if court.whole != asked.whole:
+        notes = {"text": f"{court.settings.data.source}: only what the run held out of it"}
     checkpoint = directory_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     model: PreTrainedModel | None = None
-    whole = Assessment({}, notes=_changed(court, path, corpus))
+    whole = Assessment({}, notes=notes)
     for choice in choices:
         identity = _identity(court, choice, corpus, checkpoint)
         blob = json.dumps(identity, sort_keys=True, default=str).encode()
@@ -176,6 +172,45 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
         with court.host.blaming("evaluators", choice.name, f"judging {label}"):
             whole = joined(whole, part)
     return whole
+
+
+def _before(court: Court, path: Path) -> tuple[Court, Corpus]:
+    """Return the text in a model's own tokens, and how it is judged.
+
+    Of text that the model's run trained on, by whatever name it was asked for, only what was held
+    out of it is judged.
+    """
+    corpus = _heard(court, path)
+    if not court.whole or corpus.facts.data_hash not in _trained_on(path.parent):
+        return court, corpus
+    run = resolve({}, {}, path.parent / FROZEN).data
+    data = dataclasses.replace(
+        court.settings.data,
+        heldout_fraction=run.heldout_fraction,
+        heldout_tokens=run.heldout_tokens,
+    )
+    settings = dataclasses.replace(court.settings, data=data)
+    court = dataclasses.replace(court, settings=settings, whole=False)
+    return court, _heard(court, path)
+
+
+def _trained_on(out: Path) -> set[str]:
+    """Return the hashes of all texts of a run; none where there is no run."""
+    known = text_hashes(out) if (out / FROZEN).exists() else {}
+    others = known.get("others")
+    texts = [known.get("data"), *(others.values() if isinstance(others, dict) else ())]
+    return {text for text in texts if isinstance(text, str)}
+
+
+def _heard(court: Court, path: Path) -> Corpus:
+    return _prepared(
+        court.settings,
+        court.host,
+        path,
+        court.cache,
+        need_train=0 if court.whole else 1,
+        progress=court.watcher.preparing,
+    )
 
 
 def heldout_text(

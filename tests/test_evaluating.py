@@ -18,10 +18,11 @@ from ars_kit.errors import ConfigError, DataError, PluginError
 from ars_kit.evaluating import evaluate
 from ars_kit.host import Host
 from ars_kit.models import build, save_member
-from ars_kit.outcome import FROZEN, frozen_settings
+from ars_kit.outcome import FROZEN, frozen_settings, read_metrics
 from ars_kit.plan import parse_source
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource
+from ars_kit.store import RunFolder
 from ars_kit.tokenizer import TrainBPE, load_fast
 
 
@@ -144,6 +145,23 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
         judge(stranger, other, tmp_path, "blue")
     with pytest.raises(ConfigError, match="'speed' has no setting 'repeat'"):
         judge(stranger, other, tmp_path, "speed:repeat=3")
+
+
+def test_of_a_text_that_was_trained_on_only_the_held_out_side_is_judged(
+    controlled: Path, text_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(controlled, run)
+    shutil.copytree(text_folder, copy)
+    record = run / ".arskit" / "data.json"
+    known = json.loads(record.read_text(encoding="utf-8"))
+    for now in (known, {**known, "data": "?", "others": {"copy": known["data"]}}):
+        record.write_text(json.dumps(now), encoding="utf-8")
+        (found,) = evaluate(
+            ["d2"], Host.installed(), run, cache, {"data.source": str(copy)}, watcher=Watcher()
+        )
+        assert found["heldout_loss"] == read_metrics(RunFolder(run), "d2")["heldout_loss"]
+        assert "only what the run held out" in found["notes"]["text"]
 
 
 def test_another_device_than_the_runs_can_be_named(
