@@ -237,6 +237,14 @@ class JudgingDisplay:
         if cached:
             say(self.console, f"{model}: {evaluator} from the cache; --fresh measures again")
 
+    def unkept(self, reason: str) -> None:
+        """Hear why figures are not in the cache."""
+        say(
+            self.console,
+            f"arskit: these figures were not kept, and select will not find them: {reason}. "
+            "Make room or make it writable, or name another cache with ARSKIT_CACHE",
+        )
+
     def _begin(self, what: str) -> None:
         if self._bar.disable:
             say(self.console, what)

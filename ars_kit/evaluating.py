@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from ars_kit.data import Corpus, prepare
-from ars_kit.durable import directory_hash, disk_errors, make_directory, sha256, write_atomically
-from ars_kit.errors import ConfigError
+from ars_kit.durable import directory_hash, make_directory, sha256, write_atomically
+from ars_kit.errors import ArsKitError
 from ars_kit.figures import device_name
 from ars_kit.host import Host
 from ars_kit.judge import joined, judge, judges_of, require_distinct
@@ -62,6 +62,10 @@ class JudgingWatcher(Protocol):
         """Hear that its figures are there, measured or from the cache."""
         ...
 
+    def unkept(self, reason: str) -> None:
+        """Hear, once, why figures are not in the cache for the next time."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Court:
@@ -76,6 +80,7 @@ class Court:
         fresh: measure again what is in the cache.
         watcher: told how far it is.
         device: that models are judged on, in float32.
+        failures: why the cache could not keep what was found.
     """
 
     host: Host
@@ -86,6 +91,7 @@ class Court:
     fresh: bool
     watcher: JudgingWatcher
     device: torch.device
+    failures: list[str] = dataclasses.field(default_factory=list)
 
 
 def evaluate(
@@ -135,6 +141,8 @@ def evaluate(
         label = path.name if name == "best" else name
         quality = _judged(court, label, path, choices)
         found.append({"model_id": label, **quality.figures, "notes": dict(quality.notes)})
+    if court.failures:
+        watcher.unkept(court.failures[0])
     return found
 
 
@@ -167,7 +175,8 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
                 choices=[choice],
                 progress=court.watcher.share,
             )
-            _write(file, identity, part)
+            if failure := _keep(file, identity, part):
+                court.failures.append(failure)
         court.watcher.judged(label, choice.name, cached=cached)
         with court.host.blaming("evaluators", choice.name, f"judging {label}"):
             whole = joined(whole, part)
@@ -320,15 +329,17 @@ def _read(file: Path) -> Assessment | None:
         return None
 
 
-def _write(file: Path, identity: Mapping[str, Any], part: Assessment) -> None:
+def _keep(file: Path, identity: Mapping[str, Any], part: Assessment) -> str | None:
+    """Write a judgement into the cache; returns why that failed, which loses no figure."""
     tree = {**dataclasses.asdict(part), "identity": identity, "measured": _now()}
+    text = json.dumps(tree, ensure_ascii=False, indent=1, default=str)
     try:
-        with disk_errors(file):
-            make_directory(file.parent)
-            text = json.dumps(tree, ensure_ascii=False, indent=1, default=str)
-            write_atomically(file, text, scratch=file.parent)
-    except OSError as error:
-        raise ConfigError(f"cannot write the cache {file.parent}: {error}") from error
+        make_directory(file.parent)
+        write_atomically(file, text, scratch=file.parent)
+    except (OSError, ArsKitError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        return f"cannot write {file.parent} ({getattr(cause, 'strerror', None) or cause})"
+    return None
 
 
 def _now() -> str:

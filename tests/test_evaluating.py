@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_text
 
-from ars_kit import evaluating
+from ars_kit import durable, evaluating
 from ars_kit.cli import cli
 from ars_kit.data import prepare
 from ars_kit.errors import ConfigError, DataError, PluginError
@@ -33,6 +35,7 @@ class Watcher:
         self.asked: list[str] = []
         self.cached: list[str] = []
         self.shares: list[float] = []
+        self.failures: list[str] = []
 
     def preparing(self, stage: str, count: int) -> None:
         """Do nothing."""
@@ -46,6 +49,9 @@ class Watcher:
     def judged(self, model: str, evaluator: str, *, cached: bool) -> None:
         if cached:
             self.cached.append(evaluator)
+
+    def unkept(self, reason: str) -> None:
+        self.failures.append(reason)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +192,28 @@ def test_another_device_than_the_runs_can_be_named(
         raise judged("--device", "tpu").exception
     (found,) = json.loads(judged("--device", "cpu").stdout)
     assert found["model_id"] == "d2"
+
+
+def test_what_the_cache_cannot_keep_is_told_all_the_same(
+    stranger: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = judge(stranger, other, tmp_path, "perplexity", "generate:length=2")
+    shutil.rmtree(tmp_path / "evaluations")
+    (tmp_path / "evaluations").touch()  # in the way
+    found, watcher = judge(stranger, other, tmp_path, "perplexity", "generate:length=2")
+    assert found == kept
+    (reason,) = watcher.failures
+    assert re.fullmatch(r"cannot write .*/evaluations/\w+ \(File exists\)", reason)
+    (tmp_path / "evaluations").unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "sync", full)
+    found, watcher = judge(stranger, other, tmp_path, "perplexity", "generate:length=2")
+    assert found == kept
+    (reason,) = watcher.failures
+    assert re.fullmatch(r"cannot write .* \(No space left on device\)", reason)
 
 
 def test_text_of_nothing_is_refused_and_of_one_letter_is_measured(
