@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _require_figures(folder: RunFolder, family: Sequence[Mapping[str, Any]], rul
             names = " ".join(str(m["model_id"]) for m in family)
             raise ConfigError(
                 f"no member has {name} yet; measure it first: arskit evaluate "
-                f"{names} --eval {measures[name]} --out {folder.path}"
+                f"{names} --eval {measures[name]} --out {shlex.quote(str(folder.path))}"
             )
         raise ConfigError(
             f"no member has a figure named {name!r}{did_you_mean(name, known)}. "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -323,14 +324,10 @@ def locate(name: str, out: Path) -> Path:
 
 def _best(out: Path) -> str:
     """Return the name of the member recorded as best."""
-    path = out / BEST
+    path, again = out / BEST, f"arskit select --out {shlex.quote(str(out))}"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["member"])
     except FileNotFoundError:
-        raise ConfigError(
-            f"no best member chosen in {out} yet; type: arskit select --out {out}"
-        ) from None
+        raise ConfigError(f"no best member chosen in {out} yet; type: {again}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{path} is damaged: {error!r}. To write it again: arskit select --out {out}"
-        ) from error
+        raise IntegrityError(f"{path} is damaged: {error!r}. To write it again: {again}") from error

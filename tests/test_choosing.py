@@ -46,7 +46,7 @@ def commit(folder: RunFolder, name: str, bits: float, noise: Any = NOISE, **figu
 @pytest.fixture
 def family(tmp_path: Path) -> RunFolder:
     """Three members; what is hard for one is as hard for the others."""
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "a run")
     commit(folder, "d2", 2.0, parameters=100, bleu=3.0)
     commit(folder, "d3", 1.6, parameters=200, bleu=2.0)
     commit(folder, "d4", 1.5, parameters=300, bleu=1.0)
@@ -245,7 +245,8 @@ def test_a_figure_measured_later_counts_where_the_text_is_the_same(
     family: RunFolder, tmp_path: Path
 ) -> None:
     fast = Rule(limits=(Limit("decode_tokens_per_second", most=False, bound=50),))
-    with pytest.raises(ConfigError, match=r"measure it first: arskit evaluate d2 d3 d4 --eval"):
+    hint = r"measure it first: arskit evaluate d2 d3 d4 --eval speed --out '.*/a run'"
+    with pytest.raises(ConfigError, match=hint):
         chosen(family, fast)
     for name, speed, text in (("d2", 90.0, "text"), ("d3", 60.0, "text"), ("d4", 99.0, "other")):
         kept = keep(family, name, tmp_path, text, decode_tokens_per_second=speed)

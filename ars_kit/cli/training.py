@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +107,8 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     click.echo(
         f"\nBest by held-out loss: {best}. "
         f"Members lie in {out}/, the report is {out}/report.html.\n"
-        f"Next: arskit evaluate {best} --out {out}\n"
-        f"      arskit verify --out {out}"
+        f"Next: arskit evaluate {best} --out {shlex.quote(str(out))}\n"
+        f"      arskit verify --out {shlex.quote(str(out))}"
     )
 
 
