@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ars_kit_serving.app import create_app
 from ars_kit_serving.engines.eager import EagerEngine
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
+from ars_kit_serving.text import TextStream
 from ars_kit_serving.tokenizing import DEFAULT_TEMPLATE, ServedTokenizer
 
 ASK = {"model": "tiny", "prompt": "the loss", "max_tokens": 8, "temperature": 0}
@@ -278,6 +280,26 @@ def test_half_a_character_at_the_end_is_shown_as_such(
         reply = client.post("/v1/completions", json=ask)
         found = events(reply.text) if stream else [reply.json()]
         assert "".join(c["choices"][0]["text"] for c in found) == "a\ufffd"
+
+
+@pytest.mark.parametrize("spelled", [b"\xff", b"\x80", b"\xf0", b"\xf0\x9f\x98\x80\xffa"])
+def test_bytes_that_are_no_text_come_as_such_and_are_not_read_over_and_over(
+    tokenizer: ServedTokenizer, spelled: bytes
+) -> None:
+    ids = {tokenizer.token_bytes(i): i for i in range(tokenizer.size)}
+    known = [ids[bytes([byte])] for byte in spelled]
+    tokens = [*random.Random(0).choices(known, k=600), tokenizer.prompt("a")[0]]
+    read: list[int] = []
+
+    def decode(part: Sequence[int]) -> str:
+        read.append(len(part))
+        return tokenizer.decode(part)
+
+    stream = TextStream(decode)
+    pieces = [stream.push(token) for token in tokens] + [stream.finish()]
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert sum(map(bool, pieces)) > 30
+    assert max(read) < 50
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
+LONGEST = 4
+"""Bytes of a character, and so the tokens at most that it may be spread over."""
+
+RUN = 16
+"""Tokens without certain text after which those are looked for that no later one can change."""
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -41,9 +47,25 @@ class TextStream:
         known = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start :])
         if len(text) <= len(known) or text.endswith(BROKEN):
-            return ""  # a character's bytes are not all there yet
+            return self._settled(known, text)  # a character's bytes are not all there yet
         self._start, self._read = self._read, len(self._tokens)
         return self._release(text[len(known) :])
+
+    def _settled(self, known: str, text: str) -> str:
+        """Return the part of a run without a character's end that no later token can change.
+
+        A model may write bytes that are no text, or nothing but special tokens, for as long as it
+        likes. Decoding all of them again with each one more would take the square of their number.
+        """
+        if (len(self._tokens) - self._read) % RUN:
+            return ""
+        last = len(self._tokens) - LONGEST
+        for cut in range(last, last - LONGEST, -1):
+            before = self._decode(self._tokens[self._start : cut])
+            if before + self._decode(self._tokens[cut:]) == text:  # no character stands across it
+                self._start = self._read = cut
+                return self._release(before[len(known) :])
+        return ""
 
     def finish(self) -> str:
         """Return what is left at the end: a broken character too, and the mere start of a stop."""
