@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from ars_kit_serving.serve import AUTO, Serving, choose, is_loopback
 
 
 def choosing(
-    engine: str, *able: str, gpu: bool = False, vllm: str = "", names: int = 1
+    engine: str,
+    *able: str,
+    gpu: bool = False,
+    vllm: str = "",
+    names: int = 1,
+    broken: Collection[str] = (),
 ) -> tuple[str, list[str]]:
     """Return the engine that is chosen where only ``able`` ones can serve, and what was said."""
     made: list[str] = []
 
     def maker(name: str) -> Any:
         def make(service: Service) -> Any:
+            if name in broken:
+                raise KeyError("head_size")
             if name not in able:
                 raise ConfigError(f"it is no {name}")
             made.append(name)
@@ -65,6 +73,15 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
     ]
     with pytest.raises(ConfigError, match="no engine serves d18"):
         choosing("auto")
+
+
+def test_auto_leaves_what_an_engine_fails_on_to_the_next() -> None:
+    name, said = choosing("auto", *AUTO, broken=["genai"])
+    assert name == "onnx"
+    assert "genai cannot: serving engine 'genai' of plugin 'mine'" in said[0]
+    assert "KeyError('head_size')" in said[0]
+    with pytest.raises(PluginError, match="serving engine 'transformers'"):
+        choosing("auto", broken=["transformers"])
 
 
 def test_auto_takes_vllm_where_it_is_set_up_and_there_is_a_gpu() -> None:

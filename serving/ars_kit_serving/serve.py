@@ -187,12 +187,12 @@ def working(engine: Engine | Relayed, serving: Serving) -> Scheduler | Relay:
 def choose(service: Service, serving: Serving) -> Engine | Relayed:
     """Make the engine that was asked for, or with ``auto`` the first that serves this checkpoint.
 
-    vLLM comes before all others where it is set up and there is a GPU; what it cannot run or start
-    is left to them.
+    vLLM comes before all others where it is set up and there is a GPU. What one cannot run, or
+    fails on, is left to the next.
 
     Raises:
         ConfigError: none does.
-        PluginError: it failed.
+        PluginError: it failed; with ``auto`` the last one did.
     """
     if serving.engine.name != "auto":
         made: Engine | Relayed = serving.host.make("servers", serving.engine, service)
@@ -211,7 +211,9 @@ def choose(service: Service, serving: Serving) -> Engine | Relayed:
     for name in AUTO:
         try:
             made = serving.host.make("servers", Choice(name), service)
-        except ConfigError as error:
+        except (ConfigError, PluginError) as error:
+            if name == AUTO[-1] and isinstance(error, PluginError):
+                raise
             reasons.append(f"{name} cannot: {error}")
             continue
         why = "; ".join(reasons) or "the first choice of auto"
