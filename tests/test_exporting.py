@@ -220,6 +220,17 @@ def test_what_cannot_be_exported_says_why(checkpoint: Path, tmp_path: Path) -> N
     AutoModelForCausalLM.from_config(config).save_pretrained(odd)
     with pytest.raises(ConfigError, match="multiple of 16 dimensions, this model's have 8"):
         export(odd, tmp_path / "x", Choice("genai"))
+    from transformers import MambaConfig, MistralConfig
+
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    shape |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}
+    # A window that no compared text is as long as.
+    for other in (MistralConfig(**shape, **heads, sliding_window=1024), MambaConfig(**shape)):
+        AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / other.model_type)
+        for form in ("genai", "onnx"):
+            with pytest.raises(ConfigError, match=f"{form} cannot export {other.model_type}: its"):
+                export(tmp_path / other.model_type, tmp_path / "x", Choice(form))
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export(checkpoint, tmp_path / "taken", Choice("onnx"))

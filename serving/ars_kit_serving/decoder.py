@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ars_kit.errors import ConfigError
 from ars_kit.models import load_base
 from ars_kit.spec import Engine
+from ars_kit_serving.engines.context import require_all_kept
 from ars_kit_serving.engines.onnx_graph import OnnxEngine
 
 MODEL = "model.onnx"
@@ -75,11 +76,7 @@ class OnnxExporter:
             ConfigError: the model's cache is not keys and values alone, or torch cannot trace it.
         """
         model = load_base(str(source.absolute()), KINDS[self.precision])
-        if not all(type(x) is DynamicLayer for x in DynamicCache(config=model.config).layers):
-            raise ConfigError(
-                f"onnx cannot export {model.config.model_type}: its layers keep more than all keys "
-                "and values (sliding windows, or another state)"
-            )
+        require_all_kept(model.config, "onnx")
         past = _sample_cache(model)
         tokens = torch.tensor([[1, 2], [3, 1]])
         mask = torch.ones(2, past[0].shape[2] + 2, dtype=torch.long)
@@ -105,7 +102,8 @@ class OnnxExporter:
                     verbose=False,
                 )
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # it colours them
+            reason = words.strip().splitlines() or [type(error).__name__]
             raise ConfigError(
                 f"torch cannot export {model.config.model_type} to ONNX: {reason[0]}"
             ) from error

@@ -1,8 +1,11 @@
-"""How long a sequence may be."""
+"""How long a sequence may be, and whether all of it is kept."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ars_kit.errors import ConfigError
 from ars_kit.spec import Service
@@ -29,3 +32,25 @@ def context_of(config: Any, service: Service) -> int:
             "give a smaller --context"
         )
     return int(asked or own or UNBOUNDED)
+
+
+def keeps_all(config: Any) -> bool:
+    """Whether a model's layers keep all keys and values of a sequence, and nothing else.
+
+    Args:
+        config: a transformers configuration.
+    """
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def require_all_kept(config: Any, form: str) -> None:
+    """Refuse what an export format cannot hold.
+
+    Raises:
+        ConfigError: the model's cache is more than all keys and values.
+    """
+    if not keeps_all(config):
+        raise ConfigError(
+            f"{form} cannot export {config.model_type}: its layers keep more than all keys and "
+            "values (sliding windows, or another state)"
+        )

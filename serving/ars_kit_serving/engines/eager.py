@@ -9,11 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ars_kit.models import load_base
 from ars_kit.spec import Service
-from ars_kit_serving.engines.context import context_of
+from ars_kit_serving.engines.context import context_of, keeps_all
 from ars_kit_serving.engines.padding import Integers, Logits, PaddedEngine
 
 
@@ -39,9 +38,7 @@ class EagerEngine(PaddedEngine):
         self.model: PreTrainedModel = model.to(device)
         super().__init__(context_of(self.model.config, service), service.slots)
         takes = inspect.signature(self.model.forward).parameters
-        layers = DynamicCache(config=self.model.config).layers
-        plain = all(type(layer) is DynamicLayer for layer in layers)
-        self._batches = plain and "position_ids" in takes
+        self._batches = keeps_all(self.model.config) and "position_ids" in takes
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._caches: dict[int, Any] = {}  # where nothing is batched
 
