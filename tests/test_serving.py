@@ -14,6 +14,7 @@ import pytest
 import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
 from served import CONTEXT, Scripted, model_of
 from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from ars_kit_serving.app import create_app
 from ars_kit_serving.engines.eager import EagerEngine
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
+from ars_kit_serving.protocol import ChatRequest, CompletionRequest
 from ars_kit_serving.text import TextStream
 from ars_kit_serving.tokenizing import DEFAULT_TEMPLATE, ServedTokenizer
 
@@ -521,6 +523,24 @@ def test_a_text_that_cannot_fit_is_not_even_cut_into_tokens(
 def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     error_of(client.post("/v1/completions", content=body, headers=headers), 400)
+
+
+def test_a_body_of_another_type_is_told_which_one_to_send(client: TestClient) -> None:
+    for kind in ("application/x-www-form-urlencoded", "text/plain; charset=utf-8", ""):
+        headers = {"content-type": kind}
+        reply = client.post("/v1/completions", content=json.dumps(ASK), headers=headers)
+        assert "Content-Type: application/json" in error_of(reply, 400)["message"]
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 5000, [-1] * 5000, [{}] * 5000, [[-1] * 999] * 60])
+def test_the_errors_of_a_long_list_are_not_all_listed(prompt: Any) -> None:
+    with pytest.raises(ValidationError) as told:
+        CompletionRequest.model_validate({"model": "tiny", "prompt": prompt})
+    assert told.value.error_count() < 200
+    parts = {"messages": [{"role": "user", "content": prompt}]}
+    with pytest.raises(ValidationError) as told:
+        ChatRequest.model_validate({"model": "tiny", **parts})
+    assert told.value.error_count() < 200
 
 
 def test_unknown_routes_and_models_are_not_found(client: TestClient) -> None:

@@ -287,7 +287,12 @@ def _handle_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.endswith(("/json", "+json")):  # as curl -d sends it, and then nothing is read
+            return ApiError(
+                400, "Send JSON, with Content-Type: application/json.", code="invalid_content_type"
+            ).response()
         first = error.errors()[0]
         path = [str(part) for part in first["loc"][1:]]
         name = path[0] if path and first["type"] != "json_invalid" else None

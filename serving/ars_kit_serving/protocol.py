@@ -25,6 +25,9 @@ FORMS = ("text", "json_object", "json_schema")
 
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+"""Fails fast, as every list without a limit here: a body has room for many thousand errors."""
+
 Finite = ConfigDict(allow_inf_nan=False, extra="ignore")
 
 
@@ -81,12 +84,9 @@ class CompletionRequest(Common):
 
     prompt: (
         str
-        | Annotated[list[Token], Field(min_length=1)]
+        | Tokens
         | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_SEQUENCES),
-        ]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_SEQUENCES)]
         | None
     ) = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -108,7 +108,7 @@ class Message(BaseModel):
 
     model_config = Finite
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = Field(None, max_length=64)
 
     def plain(self) -> dict[str, str]:
