@@ -28,11 +28,11 @@ from ars_kit.host import Host
 from ars_kit.judge import joined, judge, judges_of, require_distinct
 from ars_kit.models import load_member
 from ars_kit.outcome import FROZEN, kept_judgements, text_hashes
-from ars_kit.plan import parse_source, pick_device
+from ars_kit.plan import pick_device
 from ars_kit.resolving import resolve
 from ars_kit.schema import Choice
 from ars_kit.settings import Settings
-from ars_kit.source import NamedSource
+from ars_kit.source import NamedSource, parse_source
 from ars_kit.spec import Assessment
 from ars_kit.spool import Progress
 from ars_kit.store import locate

@@ -49,6 +49,21 @@ def check_optimizer(host: Host, settings: OptimizerSettings) -> None:
     host.make("optimizers", base, groups, lr=1e-3)
 
 
+def check_names(host: Host, settings: OptimizerSettings) -> None:
+    """Refuse names that nobody offers and settings that do not fit, without making anything.
+
+    Raises:
+        PluginError: a name nobody offers.
+        ConfigError: a setting that does not fit.
+    """
+    wrapper, base = _wrapper_and_base(host, settings)
+    if wrapper is not None:
+        host.check("wrappers", wrapper)
+    host.check("optimizers", base, extra=("lr",))
+    for gate in settings.gates:
+        host.check("gates", gate)
+
+
 def build_gates(
     host: Host, settings: OptimizerSettings, *, position: float
 ) -> dict[str, DampingGate]:

@@ -20,8 +20,8 @@ from ars_kit.models import (
     flops_per_token,
 )
 from ars_kit.optim import check_optimizer
-from ars_kit.schema import Choice, parse_choice
 from ars_kit.settings import Settings
+from ars_kit.source import parse_source
 
 if TYPE_CHECKING:
     pass
@@ -160,16 +160,6 @@ def estimate(plan: RunPlan) -> RunPlan:
             times.append(m.steps * train.accumulation * (low + (high - low) * share))
         source = f"trial steps of {first.name} and {last.name} on {device}"
     return _replaced(plan, times, source)
-
-
-def parse_source(text: str, host: Host) -> Choice:
-    """Read ``--data``: a source's name, ``hf:owner/name``, ``NAME:key=value``, or a path."""
-    name, colon, rest = text.partition(":")
-    if name not in host.shelves["data_sources"]:
-        return Choice("files", {"path": text})
-    if colon and rest and "=" not in rest.partition(",")[0]:
-        return Choice(name, {"name" if name != "files" else "path": rest})
-    return parse_choice(text)
 
 
 def pick_device(wanted: str) -> torch.device:

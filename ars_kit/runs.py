@@ -15,7 +15,7 @@ from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
 from ars_kit.outcome import DATA_RECORD, FROZEN
-from ars_kit.plan import RunPlan, parse_source, require_batch
+from ars_kit.plan import RunPlan, require_batch
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
@@ -24,7 +24,7 @@ from ars_kit.roster import parse_roster
 from ars_kit.rules import Aim, Rule
 from ars_kit.settings import Settings, differences, to_toml
 from ars_kit.shardable import require_shardable
-from ars_kit.source import NamedSource
+from ars_kit.source import NamedSource, parse_source
 from ars_kit.spool import Progress
 from ars_kit.store import BEST, RunFolder, control_folder
 from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE

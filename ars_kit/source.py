@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ars_kit.host import Host
-from ars_kit.schema import Choice
+from ars_kit.schema import Choice, parse_choice
 from ars_kit.spec import DataSource, Document
+
+FILES = "files"
+"""The source of what is no source's name: a path."""
 
 
 class NamedSource:
@@ -45,3 +48,13 @@ class NamedSource:
                     raise TypeError(f"it yielded {document!r:.80}, no Document of text")
             yield document
             number += 1
+
+
+def parse_source(text: str, host: Host) -> Choice:
+    """Read ``--data``: a source's name, ``hf:owner/name``, ``NAME:key=value``, or a path."""
+    name, colon, rest = text.partition(":")
+    if name not in host.shelves["data_sources"]:
+        return Choice(FILES, {"path": text})
+    if colon and rest and "=" not in rest.partition(",")[0]:
+        return Choice(name, {"name" if name != FILES else "path": rest})
+    return parse_choice(text)

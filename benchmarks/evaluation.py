@@ -35,10 +35,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ars_kit.data import Corpus, prepare
 from ars_kit.host import Host
 from ars_kit.models import build, count_parameters
-from ars_kit.plan import parse_source
 from ars_kit.schema import Choice
 from ars_kit.shapes import embedded_config
-from ars_kit.source import NamedSource
+from ars_kit.source import NamedSource, parse_source
 from ars_kit.spec import DataSource, Document, Evaluand
 from ars_kit.tokenizer import TrainBPE
 

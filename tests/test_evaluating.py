@@ -21,9 +21,8 @@ from ars_kit.evaluating import evaluate
 from ars_kit.host import Host
 from ars_kit.models import build, save_member
 from ars_kit.outcome import FROZEN, frozen_settings, read_metrics
-from ars_kit.plan import parse_source
 from ars_kit.shapes import embedded_config
-from ars_kit.source import NamedSource
+from ars_kit.source import NamedSource, parse_source
 from ars_kit.store import RunFolder
 from ars_kit.tokenizer import TrainBPE, load_fast
 

@@ -26,10 +26,10 @@ from ars_kit.memory import RECIPES, ChunkedLoss, whole_loss
 from ars_kit.memory import prepare as prepare_model
 from ars_kit.models import build
 from ars_kit.packing import forward, keeps_apart
-from ars_kit.plan import RunPlan, parse_source, plan_run
+from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
 from ars_kit.runs import execute, open_corpus
-from ars_kit.source import NamedSource
+from ars_kit.source import NamedSource, parse_source
 from ars_kit.tokenizer import Pretrained
 from ars_kit.tokens import Batches, Replayed, positions_in
 

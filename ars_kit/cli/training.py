@@ -47,6 +47,12 @@ SPARE_RESULTS = ("converged at", "skipped", "final loss", "tokens/s", "parent", 
 @json_option
 def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -> None:
     """Train the family, or go on where it was stopped."""
+    from ars_kit.checking import check_choices
+
+    host, console = make_host(), make_console(stderr=True)
+    settings = settings_of_run(out, options) if resume else settings_from(options)
+    check_choices(settings, host)
+
     from ars_kit.controls import plan_controls, with_curve
     from ars_kit.display import Display, fitted
     from ars_kit.fitting import fitted_plan, require_fit
@@ -56,8 +62,6 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     from ars_kit.runs import check_folder, execute, open_texts
     from ars_kit.trainee import Stop
 
-    host, console = make_host(), make_console(stderr=True)
-    settings = settings_of_run(out, options) if resume else settings_from(options)
     plan = fitted_plan(with_curve(plan_run(settings, host)), host, out)
     require_fit(plan, host)
     settings = plan.settings
@@ -134,13 +138,17 @@ def _train(
 @json_option
 def plan(out: Path, as_json: bool, **options: Any) -> None:
     """Show what a run would train, its time, memory, disk and cost."""
+    from ars_kit.checking import check_choices
+
+    host, settings = make_host(), settings_from(options)
+    check_choices(settings, host)
+
     from ars_kit.controls import plan_controls, with_curve
     from ars_kit.fitting import fitted_plan
     from ars_kit.plan import estimate, plan_run
     from ars_kit.store import free_bytes
 
-    host = make_host()
-    laid_out = with_curve(plan_run(settings_from(options), host))
+    laid_out = with_curve(plan_run(settings, host))
     made = estimate(fitted_plan(laid_out, host, out, look=True))
     controls = plan_controls(made, host)
     tell_of(host)
