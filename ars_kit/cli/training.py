@@ -14,6 +14,7 @@ import click
 from ars_kit.cli.options import (
     cache_folder,
     echo_json,
+    importing,
     json_option,
     make_console,
     make_host,
@@ -53,14 +54,15 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     settings = settings_of_run(out, options) if resume else settings_from(options)
     check_choices(settings, host)
 
-    from ars_kit.controls import plan_controls, with_curve
-    from ars_kit.display import Display, fitted
-    from ars_kit.fitting import fitted_plan, require_fit
-    from ars_kit.plan import estimate, plan_run
-    from ars_kit.report import COLUMNS, markdown_table, row_of
-    from ars_kit.reporting import write_report
-    from ars_kit.runs import check_folder, execute, open_texts
-    from ars_kit.trainee import Stop
+    with importing():
+        from ars_kit.controls import plan_controls, with_curve
+        from ars_kit.display import Display, fitted
+        from ars_kit.fitting import fitted_plan, require_fit
+        from ars_kit.plan import estimate, plan_run
+        from ars_kit.report import COLUMNS, markdown_table, row_of
+        from ars_kit.reporting import write_report
+        from ars_kit.runs import check_folder, execute, open_texts
+        from ars_kit.trainee import Stop
 
     plan = fitted_plan(with_curve(plan_run(settings, host)), host, out)
     require_fit(plan, host)
@@ -143,10 +145,11 @@ def plan(out: Path, as_json: bool, **options: Any) -> None:
     host, settings = make_host(), settings_from(options)
     check_choices(settings, host)
 
-    from ars_kit.controls import plan_controls, with_curve
-    from ars_kit.fitting import fitted_plan
-    from ars_kit.plan import estimate, plan_run
-    from ars_kit.store import free_bytes
+    with importing():
+        from ars_kit.controls import plan_controls, with_curve
+        from ars_kit.fitting import fitted_plan
+        from ars_kit.plan import estimate, plan_run
+        from ars_kit.store import free_bytes
 
     laid_out = with_curve(plan_run(settings, host))
     made = estimate(fitted_plan(laid_out, host, out, look=True))
