@@ -406,10 +406,12 @@ def test_a_grammar_that_outgrows_its_limits_fails_alone(
     def outgrown(*_: Any) -> Any:
         raise SchemaError("too complex")
 
-    monkeypatch.setattr(Constraint, "allowed", outgrown)
+    monkeypatch.setattr(Constraint, "take", outgrown)
     ask = {**ASK, "response_format": {"type": "json_object"}}
-    assert error_of(client.post("/v1/completions", json=ask), 500)["code"] == "engine_error"
+    error = error_of(client.post("/v1/completions", json=ask), 400)  # a 500 would be asked again
+    assert (error["code"], error["param"]) == ("invalid_schema", "response_format")
     assert client.post("/v1/completions", json=ASK).status_code == 200
+    assert "arskit_cancellations_total{" not in client.get("/metrics").text
     assert client.app.state.desk.models["tiny"].scheduler.active == {}
 
 
@@ -444,6 +446,10 @@ def test_a_grammar_that_outgrows_its_limits_fails_alone(
         ({"response_format": form({"type": "nonsense"})}, "response_format"),
         ({"response_format": form({"$ref": "http://x.example/y"})}, "response_format"),
         ({"response_format": form({"not": {"type": "string"}})}, "response_format"),
+        (
+            {"response_format": form({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})},
+            "response_format",
+        ),
         (
             {"response_format": form({"type": "string", "minLength": 3, "maxLength": 2})},
             "response_format",
@@ -660,12 +666,56 @@ def test_the_time_that_a_prompt_takes_to_be_read_counts(
     assert client.post("/v1/completions", json={**ASK, "max_tokens": 1}).status_code == 200
 
 
-def test_a_broken_engine_is_an_error_and_the_next_request_is_served(saying: Any) -> None:
+def test_a_broken_engine_is_an_error_and_the_next_request_is_served(
+    saying: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     client, engine = saying("loss")
     engine.broken = True
     assert error_of(client.post("/v1/completions", json=ASK), 500)["type"] == "server_error"
+    with caplog.at_level("INFO", "ars_kit_serving"):
+        reply = client.post("/v1/completions", json={**ASK, "stream": True})
+    assert json.loads(reply.text.split("data: ")[-1])["error"]["code"] == "engine_error"
+    assert caplog.records[-1].facts["error"] == "engine_error"  # type: ignore[attr-defined] # ours
+    metrics = client.get("/metrics").text
+    assert 'arskit_failures_total{model="tiny"} 2.0' in metrics
+    assert "arskit_cancellations_total{" not in metrics  # nobody left
     engine.broken = False
     assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+class Panic(BaseException):
+    """As Rust's libraries raise it."""
+
+
+def test_an_engine_that_panics_on_a_prompt_serves_the_next(
+    saying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = saying("loss")
+
+    def panic(*_: Any) -> Any:
+        raise Panic
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "prefill", panic)
+        assert error_of(client.post("/v1/completions", json=ASK), 500)["code"] == "engine_error"
+    assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_an_engine_that_cannot_let_go_has_ended_for_all(
+    saying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = saying("loss", slots=2, queue=8)
+
+    def stuck(slot: int) -> None:
+        raise RuntimeError(slot)
+
+    monkeypatch.setattr(engine, "release", stuck)
+    ask = {**ASK, "n": 6}  # some at work, some waiting
+    assert client.get("/health").status_code == 200
+    for _ in range(2):  # those that were there, and those that come
+        assert error_of(client.post("/v1/completions", json=ask), 503)["code"] == "engine_dead"
+        assert error_of(client.get("/health"), 503)["code"] == "engine_dead"
+    assert 'arskit_active_sequences{model="tiny"} 0.0' in client.get("/metrics").text
 
 
 # --- logs and counters -----------------------------------------------------------------------

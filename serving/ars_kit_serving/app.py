@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from openai.types import Completion
 from openai.types import Model as ModelCard
 from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -24,7 +22,14 @@ from ars_kit import __version__
 from ars_kit_serving.answers import ChatShape, CompletionShape, Shape, usage_of
 from ars_kit_serving.chat import chat_page
 from ars_kit_serving.constraints import Constraint, SchemaError, constraint_of
-from ars_kit_serving.failures import ApiError, no_model, too_long, too_slow
+from ars_kit_serving.failures import (
+    ApiError,
+    bad_schema,
+    handle_errors,
+    no_model,
+    too_long,
+    too_slow,
+)
 from ars_kit_serving.generation import Generation, Model, Order
 from ars_kit_serving.guard import Gate, Journal, Rules
 from ars_kit_serving.measures import Measures
@@ -87,9 +92,7 @@ class Desk:
         except TimeoutError:
             raise too_slow(self.seconds) from None
         except SchemaError as error:
-            raise ApiError(
-                400, f"response_format: {error}", param="response_format", code="invalid_schema"
-            ) from error
+            raise bad_schema(error) from error
         except PromptError as error:
             code = "context_length_exceeded" if error.long else "invalid_prompt"
             raise ApiError(400, f"{field}: {error}", param=field, code=code) from error
@@ -190,6 +193,7 @@ async def _events(generation: Generation, shape: Shape, *, usage: bool) -> Async
             if piece or answer.finish:
                 yield f"data: {shape.chunk(answer, piece, usage=usage)}\n\n"
     except ApiError as error:  # the status was sent long ago
+        generation.facts["error"] = error.code
         yield f"data: {error.body()}\n\n"
         return
     if usage:
@@ -266,7 +270,7 @@ def create_app(
         title="arskit serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.desk = desk
-    _handle_errors(app)
+    handle_errors(app)
     _add_routes(app)
     app.add_middleware(Gate, rules=rules)
     if rules.origins:
@@ -279,31 +283,6 @@ def create_app(
         )
     app.add_middleware(Journal, measures=desk.measures)
     return app
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def ours(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not kind.endswith(("/json", "+json")):  # as curl -d sends it, and then nothing is read
-            return ApiError(
-                400, "Send JSON, with Content-Type: application/json.", code="invalid_content_type"
-            ).response()
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"][1:]]
-        name = path[0] if path and first["type"] != "json_invalid" else None
-        message = first["msg"] if name is None else f"{name}: {first['msg']}"
-        return ApiError(400, message, param=name, code="invalid_value").response()
-
-    @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
-        words = {404: f"Unknown request URL: {request.method} {request.url.path[:200]}"}
-        message = words.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 def _desk(request: Request) -> Desk:

@@ -97,7 +97,10 @@ def constraint_of(
     except ValueError as error:
         raise SchemaError(_first_line(str(error))) from error
     made = Constraint(matcher, frozenset(tokenizer.ends), schema)
-    made._check()  # noqa: SLF001 -- its maker
+    try:
+        made.allowed(tokenizer.size)  # some find out no sooner
+    except SchemaError as error:
+        raise SchemaError(f"no answer can keep to the schema ({error})") from error
     return made
 
 

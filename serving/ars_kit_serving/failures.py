@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 
@@ -70,6 +73,18 @@ def too_long(prompt: int, answer: int, context: int) -> ApiError:
     )
 
 
+def bad_schema(why: object) -> ApiError:
+    """Return the answer to a request whose schema is none, or cannot be held."""
+    return ApiError(400, f"response_format: {why}", param="response_format", code="invalid_schema")
+
+
+def engine_dead() -> ApiError:
+    """Return the answer where nothing can be computed any more."""
+    return ApiError(
+        503, "The engine has ended; the server must be started anew.", code="engine_dead"
+    )
+
+
 def too_slow(seconds: float) -> ApiError:
     """Return the answer to a request whose time is up; asking again would end alike."""
     return ApiError(
@@ -78,3 +93,30 @@ def too_slow(seconds: float) -> ApiError:
         code="deadline_exceeded",
         headers={"x-should-retry": "false"},
     )
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Make the application answer every error in this form."""
+
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.endswith(("/json", "+json")):  # as curl -d sends it, and then nothing is read
+            return ApiError(
+                400, "Send JSON, with Content-Type: application/json.", code="invalid_content_type"
+            ).response()
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"][1:]]
+        name = path[0] if path and first["type"] != "json_invalid" else None
+        message = first["msg"] if name is None else f"{name}: {first['msg']}"
+        return ApiError(400, message, param=name, code="invalid_value").response()
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        words = {404: f"Unknown request URL: {request.method} {request.url.path[:200]}"}
+        message = words.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()

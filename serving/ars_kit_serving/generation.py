@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ars_kit_serving.answers import Answer
-from ars_kit_serving.constraints import Constraint
-from ars_kit_serving.failures import ApiError, too_slow
+from ars_kit_serving.constraints import Constraint, SchemaError
+from ars_kit_serving.failures import ApiError, bad_schema, too_slow
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.measures import Measures
 from ars_kit_serving.relaying import Relay
@@ -103,6 +103,7 @@ class Generation:
         ]
         self._begun = order.begun
         self._open = len(self._jobs)
+        self._failed = False
         left = order.begun + order.seconds - time.monotonic()
         self._clock = self._loop.call_later(left, self._steps.put_nowait, None)
 
@@ -159,16 +160,24 @@ class Generation:
 
     def _take(self, job: Job, step: Step, answer: Answer) -> str:
         if step.drawn is None:
-            LOGGER.error("the engine failed", exc_info=step.error)
-            if isinstance(step.error, ApiError):
-                raise step.error
-            raise ApiError(500, "The engine failed on this request.", code="engine_error")
+            raise self._failure(step.error)
         piece = answer.take(step.drawn, step.finish)
         if answer.finish:
             self._open -= 1
             if not step.finish:
                 self.model.scheduler.cancel([job])
         return piece
+
+    def _failure(self, error: BaseException | None) -> ApiError:
+        """Return what a client is told of a sequence that failed."""
+        self._failed = True
+        if isinstance(error, SchemaError):  # a schema's own fault: asking again would end alike
+            return bad_schema(error)
+        LOGGER.error("the engine failed", exc_info=error)
+        self.measures.failures.labels(self.model.name).inc()
+        if isinstance(error, ApiError):
+            return error
+        return ApiError(500, "The engine failed on this request.", code="engine_error")
 
     def end(self) -> None:
         """Free what is still at work; to be called whatever happened."""
@@ -180,7 +189,8 @@ class Generation:
         if self._open:
             self._open = 0
             self.model.scheduler.cancel(self._jobs)
-            self.measures.cancellations.labels(name).inc()
+            if not self._failed:
+                self.measures.cancellations.labels(name).inc()
         elif made:
             took = max(time.monotonic() - self._begun, 1e-6)
             self.measures.speed.labels(name).observe(made / took)

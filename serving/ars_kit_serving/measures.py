@@ -41,6 +41,9 @@ class Measures:
             ["model"],
             registry=registry,
         )
+        self.failures = Counter(
+            "arskit_failures", "Requests that the engine failed on.", ["model"], registry=registry
+        )
         self.refused = Counter(
             "arskit_queue_full", "Requests refused for a full queue.", ["model"], registry=registry
         )

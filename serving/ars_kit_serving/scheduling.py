@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ars_kit.spec import Engine
+from ars_kit_serving.failures import engine_dead
+from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.sampling import Drawn, Sampler
 
 Finish = Literal["stop", "length"]
@@ -34,7 +36,7 @@ class Step:
 
     drawn: Drawn | None
     finish: Finish | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 Deliver = Callable[[Sequence[tuple["Job", Step]]], None]
@@ -78,7 +80,8 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.active: dict[int, Job] = {}
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._ended = False
+        self._made: list[tuple[Job, Step]] = []  # and not handed out yet
         self._thread = threading.Thread(target=self._work, name="arskit-engine", daemon=True)
         self._thread.start()
 
@@ -89,6 +92,9 @@ class Scheduler:
             QueueFullError: they would have to wait behind too many.
         """
         with self._changed:
+            if self._ended:
+                _hand_out([(job, Step(None, error=engine_dead())) for job in jobs])
+                return
             free = self.engine.slots - len(self.active)
             if len(self.waiting) + len(jobs) > self.queue + free or self._closing:
                 raise QueueFullError
@@ -111,8 +117,8 @@ class Scheduler:
         return len(self.active)
 
     def complaint(self) -> str | None:
-        """Return nothing: an engine of this process lives as long as it does."""
-        return None
+        """Return why nothing can be answered any more, or None."""
+        return "the engine's thread has ended; the log has the reason" if self._ended else None
 
     def close(self) -> None:
         """Stop after the token in progress, and close the engine."""
@@ -123,18 +129,38 @@ class Scheduler:
         self.engine.close()
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except BaseException:  # noqa: BLE001 -- nobody else would hear of it
+            # An engine that cannot even release a sequence: what it computes next may be wrong.
+            LOGGER.critical("an engine has ended", exc_info=True)
             with self._changed:
-                while not (self.waiting or self.active or self._closing):
-                    self._changed.wait()
-                if self._closing:
-                    return
-                self._drop_cancelled()
-                entering = self._let_in()
-            steps = [(job, self._begin(slot, job)) for slot, job in entering]
-            _hand_out(steps)
-            if self.active:
-                _hand_out(self._round())
+                self._ended = True
+                lost = [*self.active.values(), *self.waiting]
+                self.active.clear()
+                self.waiting.clear()
+            _hand_out(self._made + [(job, Step(None, error=engine_dead())) for job in lost])
+
+    def _turn(self) -> bool:
+        """Let in who waits, and take everyone a token further; returns whether to go on."""
+        with self._changed:
+            while not (self.waiting or self.active or self._closing):
+                self._changed.wait()
+            if self._closing:
+                return False
+            self._drop_cancelled()
+            entering = self._let_in()
+        for slot, job in entering:
+            self._made.append((job, self._begin(slot, job)))
+        self._hand_out_made()
+        self._made.extend(self._round())
+        self._hand_out_made()
+        return True
+
+    def _hand_out_made(self) -> None:
+        made, self._made = self._made, []
+        _hand_out(made)
 
     def _drop_cancelled(self) -> None:
         for slot in [s for s, job in self.active.items() if job.cancelled]:
@@ -154,26 +180,31 @@ class Scheduler:
     def _begin(self, slot: int, job: Job) -> Step:
         try:
             logits = self.engine.prefill(slot, job.prompt)
-        except Exception as error:  # noqa: BLE001 -- an engine's own; the others go on
+        except BaseException as error:  # noqa: BLE001 -- an engine's own; the others go on
             self._leave(slot)
             return Step(None, error=error)
         return self._advance(slot, job, logits)
 
-    def _round(self) -> list[tuple[Job, Step]]:
+    def _round(self) -> Iterator[tuple[Job, Step]]:
         jobs = dict(self.active)
+        if not jobs:
+            return
         try:
             logits = self.engine.decode({slot: job.last for slot, job in jobs.items()})
             rows = list(zip(jobs.items(), logits, strict=True))
-        except Exception as error:  # noqa: BLE001 -- an engine's own; those who wait go on
-            for slot in list(self.active):
+        except BaseException as error:  # noqa: BLE001 -- an engine's own; those who wait go on
+            for slot, job in jobs.items():
                 self._leave(slot)
-            return [(job, Step(None, error=error)) for job in jobs.values()]
-        return [(job, self._advance(slot, job, row)) for (slot, job), row in rows]
+                yield job, Step(None, error=error)
+            return
+        for (slot, job), row in rows:
+            yield job, self._advance(slot, job, row)
 
     def _advance(self, slot: int, job: Job, logits: object) -> Step:
         try:
             drawn = job.sampler.draw(logits)  # type: ignore[arg-type] # the engine's promise
-        except Exception as error:  # noqa: BLE001 -- one answer's grammar; the others go on
+        except BaseException as error:  # noqa: BLE001 -- one answer's grammar, which is Rust's and
+            # may panic, past Exception; the others go on
             self._leave(slot)
             return Step(None, error=error)
         job.made += 1
@@ -188,8 +219,8 @@ class Scheduler:
         return Step(drawn, finish)
 
     def _leave(self, slot: int) -> None:
-        del self.active[slot]
         self.engine.release(slot)
+        del self.active[slot]
 
 
 def _hand_out(steps: Sequence[tuple[Job, Step]]) -> None:

@@ -23,7 +23,7 @@ from ars_kit.models import load_base_config
 from ars_kit.spec import Service
 from ars_kit_serving.engines.child import Child
 from ars_kit_serving.engines.context import context_of
-from ars_kit_serving.failures import ApiError
+from ars_kit_serving.failures import ApiError, engine_dead
 from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.sampling import Drawn
 from ars_kit_serving.scheduling import Job, Step
@@ -175,9 +175,7 @@ class VllmEngine:
     def _dead(self) -> ApiError:
         end = self.child.complaint() or f"vLLM broke off. Its log is {self.child.log}"
         LOGGER.error("an engine has ended", extra={"facts": {"reason": end}})
-        return ApiError(
-            503, "The engine has ended; the server must be started anew.", code="engine_dead"
-        )
+        return engine_dead()
 
     async def disconnect(self) -> None:
         """Close the connections."""
