@@ -159,6 +159,9 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(client: TestC
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.choices[0].message.content
     assert all("usage" not in c for c in raw)
+    counted = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+    raw = events(client.post("/v1/chat/completions", json=counted).text)
+    assert [c["usage"] for c in raw] == [None] * len(chunks) + [whole.to_dict()["usage"]]
 
 
 def test_the_default_template_is_one_line_a_message(
@@ -184,10 +187,15 @@ def test_a_seed_repeats_and_another_does_not(client: TestClient) -> None:
     assert ask(1) == ask(1) != ask(2)
 
 
-def test_the_least_temperature_there_is_takes_the_most_likely_token(client: TestClient) -> None:
+def test_the_least_temperature_and_top_p_there_are_take_the_most_likely_token(
+    client: TestClient,
+) -> None:
     texts = {
-        client.post("/v1/completions", json={**ASK, "temperature": t}).json()["choices"][0]["text"]
-        for t in (0, 5e-324, 1e-9)
+        client.post("/v1/completions", json={**ASK, **how}).json()["choices"][0]["text"]
+        for how in (
+            *({"temperature": t} for t in (0, 5e-324, 1e-9)),
+            {"temperature": 2, "top_p": 0},
+        )
     }
     assert len(texts) == 1
 
@@ -213,6 +221,10 @@ def test_logprobs_are_those_of_the_model(
     legacy = client.post("/v1/completions", json={**ASK, "logprobs": 2}).json()["choices"][0]
     assert {len(legacy["logprobs"][k]) for k in legacy["logprobs"]} == {8}
     assert all(len(top) == 2 for top in legacy["logprobs"]["top_logprobs"])
+    ask = {**ASK, "logprobs": 0, "temperature": 2, "seed": 1}
+    told = client.post("/v1/completions", json=ask).json()["choices"][0]["logprobs"]
+    drawn = zip(told["tokens"], told["token_logprobs"], strict=True)
+    assert told["top_logprobs"] == [{token: logprob} for token, logprob in drawn]
 
 
 def test_a_bias_decides_and_a_penalty_forbids_repeating(
@@ -427,7 +439,7 @@ def test_a_grammar_that_outgrows_its_limits_fails_alone(
         ({"stop": [""]}, "stop"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": CONTEXT}, "prompt"),
         ({"prompt": "the loss " * 100}, "prompt"),

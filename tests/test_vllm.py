@@ -111,8 +111,8 @@ def test_tokens_go_there_and_come_back_as_any_engines(stage: Stage) -> None:
     tokens = stage.tokenizer.prompt("loss 123") * 2
     assert [c["text"] for c in made["choices"]] == [stage.tokenizer.decode(tokens[:6])] * 2
     assert made["usage"]["completion_tokens"] == 12
-    name = stage.tokenizer.token_text(2)
-    assert made["choices"][0]["logprobs"]["top_logprobs"][0] == {name: -0.5}
+    best, drawn = stage.tokenizer.token_text(2), stage.tokenizer.token_text(tokens[0])
+    assert made["choices"][0]["logprobs"]["top_logprobs"][0] == {best: -0.5, drawn: -3.0}
     assert {body["seed"] for body in stage.asked()} == {7, 8}
     assert stage.asked()[0]["prompt"] == stage.tokenizer.prompt("the loss")
     assert stage.asked()[0]["stop_token_ids"] == [0]

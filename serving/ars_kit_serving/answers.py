@@ -73,7 +73,7 @@ class Shape(ABC):
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
     @abstractmethod
-    def first(self, answer: Answer) -> str | None:
+    def first(self, answer: Answer, *, usage: bool) -> str | None:
         """Return the chunk that opens a choice's stream, or None."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class CompletionShape(Shape):
         self.head["object"] = "text_completion"
         self._offsets: dict[int, int] = {}
 
-    def first(self, answer: Answer) -> str | None:  # noqa: ARG002 -- the other shape's
+    def first(self, answer: Answer, *, usage: bool) -> str | None:  # noqa: ARG002 -- the other's
         """Return nothing: a completion's stream begins with its text."""
         return None
 
@@ -136,7 +136,10 @@ class CompletionShape(Shape):
         return {
             "tokens": [self._name(d.token) for d in drawn],
             "token_logprobs": [d.logprob for d in drawn],
-            "top_logprobs": [{self._name(t): p for t, p in d.top} for d in drawn],
+            # The token that was drawn is always among them, as OpenAI has it.
+            "top_logprobs": [
+                {self._name(t): p for t, p in (*d.top, (d.token, d.logprob))} for d in drawn
+            ],
             "text_offset": offsets,
         }
 
@@ -154,9 +157,10 @@ class ChatShape(Shape):
 
     prefix = "chatcmpl-"
 
-    def first(self, answer: Answer) -> str | None:
+    def first(self, answer: Answer, *, usage: bool) -> str | None:
         """Return the chunk that names the role."""
-        return self._chunk(answer, {"role": "assistant", "content": ""}, None, None, {})
+        more = {"usage": None} if usage else {}
+        return self._chunk(answer, {"role": "assistant", "content": ""}, None, None, more)
 
     def chunk(self, answer: Answer, piece: str, *, usage: bool) -> str:
         """Return a chunk with the text since the last."""

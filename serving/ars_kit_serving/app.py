@@ -188,7 +188,7 @@ async def _events(generation: Generation, shape: Shape, *, usage: bool) -> Async
         async for answer, piece in generation.pieces():
             if answer.index not in opened:
                 opened.add(answer.index)
-                if (first := shape.first(answer)) is not None:
+                if (first := shape.first(answer, usage=usage)) is not None:
                     yield f"data: {first}\n\n"
             if piece or answer.finish:
                 yield f"data: {shape.chunk(answer, piece, usage=usage)}\n\n"

@@ -44,7 +44,7 @@ class Common(BaseModel):
     model_config = Finite
     model: str = Field(max_length=512)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -70,7 +70,7 @@ class Common(BaseModel):
         """Return how to draw; ``logprobs`` as in :class:`Sampling`."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p or 1.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.logit_bias or {},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +20,14 @@ COLDEST = 1e-5
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
 
     Attributes:
         temperature: 0 takes the most likely token.
-        top_p: share of the probability that is drawn from (nucleus sampling, 1904.09751).
+        top_p: share of the probability that is drawn from (nucleus sampling, 1904.09751); 0 takes
+            the most likely token.
         presence_penalty: taken off the logit of each token that the answer already has.
         frequency_penalty: the same, times how often it has it.
         logit_bias: added to the logits of tokens, by id.
@@ -40,6 +42,13 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None
+
+    @cached_property
+    def bias(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """``logit_bias`` as ids and values: it may name every token, and is added at each step."""
+        count = len(self.logit_bias)
+        tokens = np.fromiter(self.logit_bias.keys(), np.int64, count)
+        return tokens, np.fromiter(self.logit_bias.values(), np.float64, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +127,9 @@ class Sampler:
         if not (how.logit_bias or penalised):
             return logits
         scores = logits.astype(np.float64)
-        for token, bias in how.logit_bias.items():
-            scores[token] += bias
+        if how.logit_bias:
+            tokens, biases = how.bias
+            scores[tokens] += biases
         if penalised:
             for token, count in self._seen.items():
                 scores[token] -= how.presence_penalty + how.frequency_penalty * count

@@ -25,7 +25,7 @@ from ars_kit_serving.engines.child import Child
 from ars_kit_serving.engines.context import context_of
 from ars_kit_serving.failures import ApiError, engine_dead
 from ars_kit_serving.logs import LOGGER
-from ars_kit_serving.sampling import Drawn
+from ars_kit_serving.sampling import COLDEST, Drawn
 from ars_kit_serving.scheduling import Job, Step
 from ars_kit_serving.vllm_home import ON_A_CPU, SERVER, find_python, has_gpu
 
@@ -195,7 +195,7 @@ def body_of(job: Job) -> dict[str, Any]:
         "prompt": list(job.prompt),
         "max_tokens": job.limit,
         "temperature": how.temperature,
-        "top_p": how.top_p,
+        "top_p": max(how.top_p, COLDEST),  # it takes no 0
         "presence_penalty": how.presence_penalty,
         "frequency_penalty": how.frequency_penalty,
         "stop_token_ids": sorted(job.ends),
