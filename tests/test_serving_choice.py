@@ -14,7 +14,17 @@ from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host, Plugin
 from ars_kit.schema import Choice
 from ars_kit.spec import Offer, Service, hookimpl
-from ars_kit_serving.serve import AUTO, Serving, choose, is_loopback
+from ars_kit_serving.serve import AUTO, Serving, choose, is_loopback, rules_of
+
+
+def serving_of(host: Host, **change: Any) -> Serving:
+    here = Path()
+    fields: dict[str, Any] = {
+        "names": ["d18"], "out": here, "host": host, "engine": Choice("auto"), "cache": here,
+        "address": "127.0.0.1", "port": 0, "key": None, "origins": (), "context": None, "slots": 1,
+        "queue": 1, "seconds": 1, "drain_seconds": 1, "say": print,
+    }  # fmt: skip
+    return Serving(**{**fields, **change})
 
 
 def choosing(
@@ -56,11 +66,9 @@ def choosing(
     said: list[str] = []
     here = Path()
     service = Service("d18", here, "0", here, None, 1, said.append)
-    serving = Serving(
-        ["d18"] * names, here, host, Choice(engine), here, "127.0.0.1", 0, None, (), None, 1, 1, 1,
-        1, said.append, {"ARSKIT_VLLM_PYTHON": vllm, "ARSKIT_VLLM_HOME": "/no", "PATH": ""}, gpu,
-    )  # fmt: skip
-    choose(service, serving)
+    environment = {"ARSKIT_VLLM_PYTHON": vllm, "ARSKIT_VLLM_HOME": "/no", "PATH": ""}
+    how: dict[str, Any] = {"names": ["d18"] * names, "engine": Choice(engine), "gpu": gpu}
+    choose(service, serving_of(host, **how, say=said.append, environment=environment))
     return made[0], said
 
 
@@ -106,3 +114,23 @@ def test_an_engine_that_is_asked_for_is_never_replaced() -> None:
 def test_what_is_loopback_needs_no_key() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))
+
+
+def test_a_server_answers_to_the_address_it_listens_on() -> None:
+    rules = rules_of(serving_of(Host(), address="127.0.0.2"))
+    assert rules.hosts == {"localhost", "127.0.0.1", "::1", "127.0.0.2"}
+    assert rules_of(serving_of(Host(), address="0.0.0.0", key="k")).hosts is None
+
+
+@pytest.mark.parametrize("key", [" k3y", "k3y\r", "k 3", "kéy", " "])
+def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="clients cannot send"):
+        rules_of(serving_of(Host(), key=key))
+
+
+def test_an_origin_is_as_browsers_write_it() -> None:
+    good = ("*", "null", "https://app.example", "http://127.0.0.1:3000", "http://[::1]:80")
+    assert rules_of(serving_of(Host(), origins=good)).origins == good
+    for origin in ("https://app.example/", "app.example", "https://App.example", "https://", ""):
+        with pytest.raises(ConfigError, match="is no origin"):
+            rules_of(serving_of(Host(), origins=[origin]))

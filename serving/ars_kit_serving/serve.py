@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import signal
 import socket
 import sys
@@ -35,6 +36,10 @@ AUTO = ("genai", "onnx", "transformers")
 
 VLLM_MEMORY = 0.9
 """Share of a GPU's memory that vLLM may take, of all models together."""
+
+KEY = re.compile(r"[!-~]+")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
+"""As browsers write it; ``*`` is every page, ``null`` one of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,21 @@ def rules_of(serving: Serving) -> Rules:
     """Return who may ask.
 
     Raises:
-        ConfigError: others than this machine could, without a key.
+        ConfigError: others than this machine could, without a key; or nobody could, since no
+            request holds such a key, or no browser names such an origin.
     """
     local = is_loopback(serving.address)
+    if serving.key and not KEY.fullmatch(serving.key):
+        raise ConfigError(
+            "the key of ARSKIT_API_KEY or --api-key has spaces, or letters that are not ASCII, "
+            "which clients cannot send; choose another"
+        )
+    for origin in serving.origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--cors-origin {origin} is no origin, which has a scheme, a host in lower case, "
+                "perhaps a port, and no path, like https://app.example"
+            )
     if not local and not serving.key:
         raise ConfigError(
             f"--host {serving.address} lets other machines ask: set a key with ARSKIT_API_KEY or "
@@ -121,7 +138,7 @@ def rules_of(serving: Serving) -> Rules:
         )
     return Rules(
         key=serving.key or None,
-        hosts=None if serving.key else LOCAL_HOSTS,
+        hosts=None if serving.key else LOCAL_HOSTS | {serving.address.lower()},
         origins=tuple(serving.origins),
     )
 
