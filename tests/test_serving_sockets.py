@@ -60,16 +60,21 @@ class Running:
         self.thread.join(10)
         self.model.scheduler.close()
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def connect(self, receive: int | None = None) -> socket.socket:
+        made = socket.socket()
+        if receive is not None:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        made.settimeout(10)
+        made.connect(("127.0.0.1", self.port))
+        return made
 
-    def ask(self, **change: Any) -> socket.socket:
+    def ask(self, receive: int | None = None, **change: Any) -> socket.socket:
         body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 9000, **change}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{self.port}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        made = self.connect()
+        made = self.connect(receive)
         made.sendall(head.encode() + body)
         return made
 
@@ -130,6 +135,21 @@ def test_headers_that_do_not_come_close_the_connection(
     with running.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(20).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_takes_nothing_is_cut_off(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PatientProtocol, "stalled_seconds", 0.2)
+    before = running.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+    running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # an accepted one's too
+    try:
+        with running.ask(stream=True, n=8, logprobs=5, receive=4096):
+            assert until(lambda: running.active == 8, 10)
+            assert until(lambda: running.active == 0, 10)  # long before its 9,000 tokens
+            assert until(lambda: not running.server.server_state.connections, 10)
+    finally:
+        running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, before)
 
 
 def test_a_body_that_does_not_come_is_answered(running: Running) -> None:
