@@ -31,9 +31,7 @@ def workbench(parent: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    for bench in parent.glob(f"{PREFIX}*"):
-        if is_abandoned(bench / LOCK) and not bench.is_symlink():
-            shutil.rmtree(bench, ignore_errors=True)
+    clear_abandoned(parent)
     bench = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with contextlib.ExitStack() as held:
@@ -43,3 +41,10 @@ def workbench(parent: Path) -> Iterator[Path]:
             yield bench
     finally:
         shutil.rmtree(bench, ignore_errors=True)
+
+
+def clear_abandoned(parent: Path) -> None:
+    """Remove the workbenches that dead processes left in a directory."""
+    for bench in parent.glob(f"{PREFIX}*"):
+        if is_abandoned(bench / LOCK) and not bench.is_symlink():
+            shutil.rmtree(bench, ignore_errors=True)

@@ -12,7 +12,9 @@ import pytest
 from served import Scripted
 
 from ars_kit.errors import ConfigError, ParityError
+from ars_kit.lock import exclusive
 from ars_kit.spec import Engine, Service
+from ars_kit.workbench import LOCK, PREFIX
 from ars_kit_serving import derived, kept
 from ars_kit_serving.genai import GenaiExporter
 
@@ -115,6 +117,28 @@ def test_exports_that_nobody_served_for_a_month_are_removed(service: Service) ->
     (line,) = said(service)
     assert line.startswith("removed 1 export (")
     assert line.endswith("not served for 30 days")
+
+
+def test_what_the_killed_left_of_an_export_is_removed(service: Service) -> None:
+    derived.derived_engine(service, Fake(), "fake")
+    left, working = (service.cache / f"{PREFIX}{name}" for name in ("left", "working"))
+    for folder in (left, working):
+        (folder / "deep").mkdir(parents=True)
+        (folder / LOCK).write_text('{"pid": 1}')
+    with exclusive(working / LOCK, what=working):
+        derived.derived_engine(service, Fake(), "fake")
+    assert not left.exists()
+    assert (working / "deep").is_dir()
+
+
+def test_two_servers_that_export_at_once_both_serve(service: Service) -> None:
+    class Slower(Fake):
+        def export(self, source: Path, target: Path) -> None:
+            super().export(source, target)
+            derived.derived_engine(service, Fake(), "fake")  # the other one is done first
+
+    derived.derived_engine(service, Slower(), "fake")
+    assert {entry.name for entry in service.cache.iterdir()} == {kept.path_of(service, "fake").name}
 
 
 def test_a_cache_that_is_only_read_serves(

@@ -51,6 +51,9 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
             raise ConfigError(reason) from error
         except TransientError:
             raise
+        except OSError:  # another server may have made it meanwhile, and it appears whole
+            if not target.is_dir():
+                raise
         except ConfigError as error:
             failures.remember(str(error))
             raise

@@ -13,6 +13,7 @@ from ars_kit import __version__
 from ars_kit.durable import byte_count, discard, make_directory, write_atomically
 from ars_kit.errors import ConfigError
 from ars_kit.spec import Service
+from ars_kit.workbench import clear_abandoned
 
 DAYS = 30
 """An export that no server opened for so long is removed."""
@@ -70,6 +71,8 @@ class Failures:
 def clear_unused(service: Service, in_use: Path) -> None:
     """Remove exports, and notes of failures, that are older than a month; says what they held.
 
+    So is what a killed process left of an export.
+
     Args:
         service: whose cache it is.
         in_use: an export that is opened now: its month begins anew.
@@ -78,6 +81,7 @@ def clear_unused(service: Service, in_use: Path) -> None:
         os.utime(in_use)
     except OSError:
         return  # a cache that is only read: whoever writes it clears it
+    clear_abandoned(service.cache)
     oldest, count, size = time.time() - DAYS * 86400, 0, 0
     for entry in sorted(service.cache.iterdir()):
         mine = entry.name.endswith(FAILED) or (entry / "manifest.json").is_file()
