@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from functools import cache as cache_calls
 from pathlib import Path
@@ -19,7 +22,7 @@ from click.testing import CliRunner
 from served import CONTEXT, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from ars_kit.cli import cli
+from ars_kit.cli import cli, main
 from ars_kit.durable import check_directory
 from ars_kit.errors import ArsKitError, ConfigError, ParityError
 from ars_kit.host import Host, Plugin
@@ -359,6 +362,32 @@ def test_the_command_says_what_it_found(
     again = CliRunner().invoke(cli, ["export", str(checkpoint), "--data", str(text_folder)])
     assert isinstance(again.exception, ArsKitError)
     assert "already exists" in str(again.exception)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize("command", ["export", "serve --engine=onnx --port=0"])
+def test_nothing_is_left_of_an_export_that_is_told_to_stop(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(self: Any, source: Path, into: Path) -> None:
+        (into / "model.onnx").write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(OnnxExporter, "export", told)
+    monkeypatch.setattr("ars_kit.evaluating.heldout_text", lambda *_: iter(np.ones((1, 64), int)))
+    monkeypatch.setenv("ARSKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["arskit", *command.split(), str(checkpoint)])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1] == "arskit: interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_snippets_of_the_page_run(

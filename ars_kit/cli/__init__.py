@@ -13,6 +13,7 @@ from ars_kit import __version__
 from ars_kit.cli.growing import grow
 from ars_kit.cli.installation import completion, config, doctor
 from ars_kit.cli.members import evaluate, select, status, verify
+from ars_kit.cli.options import Terminated
 from ars_kit.cli.plugins import plugins as plugins_group
 from ars_kit.cli.reporting import compare, lineage, report
 from ars_kit.cli.serving import export, serve
@@ -67,9 +68,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         click.echo("arskit: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(143 if isinstance(error.__cause__, Terminated) else 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; nothing is left to say to it
         sys.exit(1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -21,6 +22,32 @@ if TYPE_CHECKING:
 
     from ars_kit.host import Host, Kind
     from ars_kit.settings import Settings
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: an end like the one of Ctrl-C, but for the exit code, 143."""
+
+
+@contextmanager
+def clearing_up() -> Iterator[None]:
+    """Let SIGTERM end what is being done as Ctrl-C does, so that nothing of it is left behind.
+
+    A second one ends the process at once.
+
+    Raises:
+        Terminated: it came.
+    """
+
+    def end(_: int, __: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

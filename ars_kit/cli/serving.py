@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from ars_kit.cli.members import expand, names_in_run
-from ars_kit.cli.options import cache_folder, echo_json, json_option, make_host, out_option
+from ars_kit.cli.options import (
+    cache_folder,
+    clearing_up,
+    echo_json,
+    json_option,
+    make_host,
+    out_option,
+)
 
 
 @click.command()
@@ -47,10 +54,11 @@ def export(
     host.check("exporters", choice)
     checkpoint = open_checkpoint(name, out)
     overrides = {"data.source": data} if data else {}
-    windows = heldout_text(checkpoint.path, host, out, cache_folder(), overrides)
-    texts = [window.tolist() for window in islice(windows, JUDGED)]
-    target = into or Path(f"{checkpoint.name}-{choice.name}")
-    facts = export_checkpoint(Export(checkpoint, host, choice, target, texts))
+    with clearing_up():
+        windows = heldout_text(checkpoint.path, host, out, cache_folder(), overrides)
+        texts = [window.tolist() for window in islice(windows, JUDGED)]
+        target = into or Path(f"{checkpoint.name}-{choice.name}")
+        facts = export_checkpoint(Export(checkpoint, host, choice, target, texts))
     if as_json:
         echo_json(facts)
         return
@@ -141,7 +149,8 @@ def serve(
     environment = dict(os.environ)
     gpu = has_gpu(environment)
     if setup:
-        python = set_up(environment, gpu=gpu, say=say)
+        with clearing_up():
+            python = set_up(environment, gpu=gpu, say=say)
         if not names:
             click.echo(python)
             return
@@ -168,4 +177,5 @@ def serve(
         gpu=gpu,
         **options,
     )
-    run(serving, lambda url: click.echo(f"{url}/v1"))
+    with clearing_up():
+        run(serving, lambda url: click.echo(f"{url}/v1"))
