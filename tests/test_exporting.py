@@ -198,6 +198,25 @@ def test_padding_that_is_ignored_is_noticed(checkpoint: Path) -> None:
         compare(model, engine, TEXTS, 1e-4)
 
 
+@pytest.mark.parametrize("context", [2, 8, 33, CONTEXT])
+def test_nothing_is_compared_beyond_the_context(checkpoint: Path, context: int) -> None:
+    class Bounded(EagerEngine):
+        longest = 0
+
+        def run(self, tokens: Any, mask: Any, positions: Any, past: Any) -> Any:
+            self.longest = max(self.longest, mask.shape[1])
+            return super().run(tokens, mask, positions, past)
+
+    engine = Bounded(service_of(checkpoint, slots=4, context=context))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    facts = compare(model, engine, TEXTS, 1e-4)
+    assert engine.longest <= context
+    assert facts["compared"]["tokens_through_the_cache"] == min(8, context // 2)
+    assert facts["greedy"] == {
+        "tokens": min(24, context // 2), "prompts": 4, "equal": 4, "ties": 0,
+    }  # fmt: skip
+
+
 def test_a_wrong_text_is_noticed_where_the_logits_are_within_bounds(checkpoint: Path) -> None:
     class Sly(EagerEngine):
         steps = 0

@@ -23,10 +23,10 @@ LENGTHS = (1, 5, 17, 33)
 """Tokens of the prompts, where the context has room for them."""
 
 STEPS = 8
-"""Tokens of the text that follow a prompt one at a time."""
+"""Tokens of the text that follow a prompt one at a time; in a small context half of it."""
 
 GREEDY = 24
-"""Tokens that are made up from each prompt."""
+"""Tokens that are made up from each prompt; in a small context half of it."""
 
 WORSE = 0.05
 """Nats per token by which a format that rounds may raise the loss."""
@@ -72,7 +72,7 @@ def compare(
     facts = {
         "compared": {
             "prompts": [len(p) for p, _ in prompts],
-            "tokens_through_the_cache": STEPS,
+            "tokens_through_the_cache": min(len(following) for _, following in prompts),
             "batches": [1, len(prompts)],
             "logits": found.count,
         },
@@ -105,12 +105,17 @@ class _Largest:
 def _prompts(texts: Sequence[Sequence[int]], context: int) -> list[tuple[list[int], list[int]]]:
     """Return prompts of several lengths, each with the tokens that follow it."""
     made = []
+    steps, greedy = (_fitting(count, context) for count in (STEPS, GREEDY))
     for number, length in enumerate(LENGTHS):
         text = list(texts[number % len(texts)])
-        room = min(len(text), context - GREEDY) - STEPS
+        room = min(len(text) - steps, context - max(steps, greedy))
         size = max(1, min(length, room))
-        made.append((text[:size], text[size : size + STEPS]))
+        made.append((text[:size], text[size : size + steps]))
     return made
+
+
+def _fitting(count: int, context: int) -> int:
+    return max(1, min(count, context // 2))
 
 
 @torch.inference_mode()
@@ -144,7 +149,8 @@ def _same_text(
     """Let both go on from the prompts, taking the most likely token each time."""
     rows = [engine.prefill(slot, prompt) for slot, prompt in enumerate(prompts)]
     made: list[list[int]] = [[int(row.argmax())] for row in rows]
-    for _ in range(GREEDY - 1):
+    count = _fitting(GREEDY, engine.context)
+    for _ in range(count - 1):
         logits = engine.decode({slot: tokens[-1] for slot, tokens in enumerate(made)})
         for tokens, row in zip(made, logits, strict=True):
             tokens.append(int(row.argmax()))
@@ -162,7 +168,7 @@ def _same_text(
             )
         ties += max(lost) > 0
         equal += max(lost) == 0
-    return {"greedy": {"tokens": GREEDY, "prompts": len(prompts), "equal": equal, "ties": ties}}
+    return {"greedy": {"tokens": count, "prompts": len(prompts), "equal": equal, "ties": ties}}
 
 
 def _judge(
