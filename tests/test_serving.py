@@ -459,10 +459,6 @@ def test_a_grammar_that_outgrows_its_limits_fails_alone(
         ({"response_format": form({"$ref": "http://x.example/y"})}, "response_format"),
         ({"response_format": form({"not": {"type": "string"}})}, "response_format"),
         (
-            {"response_format": form({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})},
-            "response_format",
-        ),
-        (
             {"response_format": form({"type": "string", "minLength": 3, "maxLength": 2})},
             "response_format",
         ),
@@ -501,6 +497,23 @@ def test_bad_chats_are_refused_by_field(
         error_of(client.post("/v1/chat/completions", json={**CHAT, **change}), 400)["param"]
         == param
     )
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "string", "format": "nope"}, "response_format: Unknown format: nope"),
+        ({"type": "string", "pattern": "("}, "regex parse error: error: unclosed group"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no answer can keep to"),
+    ],
+)
+def test_a_schema_is_refused_with_its_reason(
+    client: TestClient, schema: dict[str, Any], reason: str
+) -> None:
+    ask = {**ASK, "stream": True, "response_format": form(schema)}
+    error = error_of(client.post("/v1/completions", json=ask), 400)  # before a stream begins
+    assert error["code"] == "invalid_schema"
+    assert reason in error["message"]
 
 
 def test_too_long_a_prompt_is_told_both_numbers(client: TestClient) -> None:

@@ -97,6 +97,7 @@ def constraint_of(
     except ValueError as error:
         raise SchemaError(_first_line(str(error))) from error
     made = Constraint(matcher, frozenset(tokenizer.ends), schema)
+    made._check()  # noqa: SLF001 -- its maker
     try:
         made.allowed(tokenizer.size)  # some find out no sooner
     except SchemaError as error:
@@ -105,4 +106,7 @@ def constraint_of(
 
 
 def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[0][:300]
+    """Return a reason in one line; that of a regular expression stands below a drawing of it."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    first = f"{lines[0]} {lines[-1]}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    return first[:300]
