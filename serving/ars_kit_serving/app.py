@@ -267,7 +267,12 @@ def create_app(
                 await model.scheduler.end()
 
     app = FastAPI(
-        title="arskit serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+        title="arskit serve",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # to http, with the whole prompt, behind a proxy that speaks TLS
+        lifespan=lifespan,
     )
     app.state.desk = desk
     handle_errors(app)
@@ -311,6 +316,9 @@ def _add_routes(app: FastAPI) -> None:
         if ended:
             raise ApiError(503, f"The engine of {', '.join(ended)} has ended.", code="engine_dead")
         return {"status": "ok"}
+
+    for path, answer in (("/", root), ("/health", health)):  # as probes and link checkers ask
+        app.head(path, include_in_schema=False)(answer)
 
     @app.get("/metrics", response_class=Response, responses=errors)
     async def metrics(desk: AtDesk) -> Response:
