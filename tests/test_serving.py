@@ -316,6 +316,21 @@ def test_bytes_that_are_no_text_come_as_such_and_are_not_read_over_and_over(
     assert max(read) < 50
 
 
+def test_special_tokens_without_end_cost_nothing_and_take_no_space_along() -> None:
+    longest = 0
+
+    def decode(part: Sequence[int]) -> str:  # as SentencePiece's: the first space is left out
+        nonlocal longest
+        longest = max(longest, len(part))
+        return "".join(" a" for token in part if token).removeprefix(" ")
+
+    stream = TextStream(decode)
+    tokens = [1, 1, *[0] * 500, 1, *[0] * 15, 1]
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.finish() == decode([1, 1, 1, 1]) == "a a a a"
+    assert longest < 50
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("stop", "wanted"),

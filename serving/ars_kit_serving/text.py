@@ -59,10 +59,14 @@ class TextStream:
         """
         if (len(self._tokens) - self._read) % RUN:
             return ""
+        if text == known:  # special tokens: nothing of them will ever be shown
+            del self._tokens[self._read :]
+            return ""
         last = len(self._tokens) - LONGEST
         for cut in range(last, last - LONGEST, -1):
             before = self._decode(self._tokens[self._start : cut])
-            if before + self._decode(self._tokens[cut:]) == text:  # no character stands across it
+            after = self._decode(self._tokens[cut:])
+            if after and before + after == text:  # no character stands across it
                 self._start = self._read = cut
                 return self._release(before[len(known) :])
         return ""
