@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -123,18 +124,30 @@ def train_control(
     return metrics
 
 
-def check_folder(out: Path, settings: Settings, *, restart: bool) -> None:
+def check_folder(out: Path, settings: Settings, host: Host, *, restart: bool) -> None:
     """Refuse a folder before any text is prepared for it; :func:`execute` asks again.
 
     Raises:
-        ConfigError: the folder is in use, or holds a run of another plan.
+        ConfigError: the folder is in use, holds a run of another plan, or is that of the text.
     """
     folder = RunFolder(out)
+    members = parse_roster(settings.family.members)
+    for text in {settings.data.source, *(m.data for m in members if m.data)}:
+        path = parse_source(text, host).settings.get("path")
+        if isinstance(path, str) and _same_folder(Path(path).expanduser(), out):
+            raise ConfigError(
+                f"{out} is the folder of the text, which members would become a part of; choose "
+                "another --out"
+            )
     if not str(out.absolute()).isprintable():  # safetensors opens no path that is not UTF-8
         raise ConfigError(f"{str(out)!r} is no path in UTF-8; choose another --out")
     folder.require_free()
     if not restart:
         _require_same_plan(folder, settings)
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def open_corpus(

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ars_kit.errors import DataError
+from ars_kit.errors import ConfigError, DataError
+from ars_kit.host import Host
+from ars_kit.resolving import resolve
 from ars_kit_plugins import stdlib_docs, text_files
 from ars_kit_plugins.hubs import HubDataset, KaggleDataset
 from ars_kit_plugins.sources import arskit_data_sources
@@ -71,10 +73,24 @@ def test_a_row_is_a_document_and_its_text_stays_text(
 def test_a_folder_is_read_in_order_without_what_is_hidden_or_of_another_kind(
     tmp_path: Path,
 ) -> None:
-    for name in ("b/2.md", "b/10.txt", "a.txt", ".git/c.txt", ".d.txt", "e.bin", "F.TXT"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    run = ("run/.arskit/lock", "run/best.json", "run/d2/README.md")
+    for name in ("b/2.md", "b/10.txt", "a.txt", ".git/c.txt", ".d.txt", "e.bin", "F.TXT", *run):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
     assert read(tmp_path) == ["F.TXT", "a.txt", "b/10.txt", "b/2.md"]
+
+
+@pytest.mark.parametrize("written", ["", "files:path=", "{}/../"])
+def test_the_folder_of_the_text_is_no_place_for_a_run(tmp_path: Path, written: str) -> None:
+    from ars_kit.runs import check_folder
+
+    texts, host = tmp_path / "texts", Host.installed()
+    texts.mkdir()
+    source = f"{written.format(texts)}{'texts' if '..' in written else texts}"
+    settings = resolve({"data.source": source}, {})
+    check_folder(texts / "run", settings, host, restart=False)
+    with pytest.raises(ConfigError, match="is the folder of the text"):
+        check_folder(texts, settings, host, restart=False)
 
 
 def test_lines_whose_other_columns_change_type_are_read(tmp_path: Path) -> None:

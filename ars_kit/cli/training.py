@@ -72,7 +72,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
     display = Display(plan, console)
     if main_process:
         tell_of(host)
-        check_folder(out, settings, restart=restart)
+        check_folder(out, settings, host, restart=restart)
         # Text that cannot be had is said before anything is timed or trained.
         open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)

@@ -27,12 +27,16 @@ CHUNK = 1 << 20
 """Bytes of a plain file that are held at once; a larger one is yielded in parts."""
 ROWS = 256
 """Rows of a table that are held at once."""
+RUN = ".arskit"
+"""What a run's folder has in it. Its model cards and figures are no text to train on; and a run in
+the midst of its text would find that text changed with every member."""
 
 
 class TextFiles:
     """Every supported file of a folder, in alphabetical order; a table's rows are documents.
 
-    Names that begin with a dot are passed over. Any file but Parquet may be gzipped.
+    Names that begin with a dot are passed over, and so are the folders of runs. Any file but
+    Parquet may be gzipped.
 
     Args:
         path: a file or a folder.
@@ -58,7 +62,11 @@ class TextFiles:
             raise DataError(f"no such file or folder: {self.path}")
         found = []
         for folder, below, names in os.walk(self.path, onerror=_unreadable):
-            below[:] = [name for name in below if not name.startswith(".")]
+            below[:] = [
+                name
+                for name in below
+                if not name.startswith(".") and not Path(folder, name, RUN).is_dir()
+            ]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         found = sorted(p for p in found if kind_of(p) in KNOWN and p.is_file())
         if not found:
