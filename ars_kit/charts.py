@@ -97,6 +97,8 @@ def lines(
             bottom = [axes.get_ylim()[0]] * len(places)
             colour = _placeholder(f"c{(at + 3) % HUES}")
             axes.plot(places, bottom, "|", color=colour, markersize=9, label=name)
+        # A name beyond the axis leaves no room to draw in: a single step is at 0, its name at 0.5.
+        axes.set_xlim(*_spanning(axes.get_xlim(), [place for place, _ in labels]))
         for place, name in labels:
             axes.annotate(
                 name,
@@ -216,6 +218,11 @@ def _axes(title: str, alt: str) -> Iterator[tuple[Axes, list[str]]]:
             axes.patch.set_alpha(0.0)
         figure.savefig(out, format="svg", metadata={"Date": None})
     finish.append(_inline(out.getvalue(), title, alt))
+
+
+def _spanning(limits: tuple[float, float], places: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis, further apart where a place lies beyond them."""
+    return min((limits[0], *places)), max((limits[1], *places))
 
 
 def _legend(axes: Axes, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ differ in nothing but the seed are one group, and a group's figures have a sprea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -166,7 +167,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
             seed of another with the same settings.
         IntegrityError: a lineage is damaged.
     """
-    folders = [path.resolve() for path in paths]
+    folders = [Path(os.path.realpath(path)) for path in paths]  # resolve() chokes on a loop
     if len({*folders}) < len(folders):
         raise ConfigError("a run folder is named twice")
     names = [folder.name for folder in folders]

@@ -131,7 +131,7 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
         name=target.name,
         config=config,
         fresh=fresh_weights(config, seed=growth.seed, dtype=dtype),
-        rng=torch.Generator().manual_seed(growth.seed),
+        rng=_generator(growth),
     )
     parent = Parent(source.name, own, weights)
     seed = ask(growth.host, growth.choice.name, strategy, parent, birth)
@@ -158,6 +158,11 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
 
     _commit(growth, files, facts)
     return {**facts, "seconds": time.perf_counter() - begin}
+
+
+def _generator(growth: Growth) -> torch.Generator:
+    """Return the seed's generator, which takes 64 bits where a seed may be any number."""
+    return torch.Generator().manual_seed(growth.seed % 2**63)
 
 
 def _commit(growth: Growth, files: Any, facts: Mapping[str, Any]) -> None:
@@ -209,7 +214,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Compare what was written with the source, in float32 arithmetic, one module at a time."""
     size = min(own.vocab_size, growth.config.vocab_size)
-    draw = torch.Generator().manual_seed(growth.seed)
+    draw = _generator(growth)
     tokens = torch.randint(size, (1, PROBE), generator=draw)
     with torch.no_grad():
         before = streamed_model(own, weights)(input_ids=tokens, use_cache=False).logits[..., :size]

@@ -295,6 +295,12 @@ def test_bad_input_gets_one_line(
     assert everything(source.parent) == before
 
 
+def test_any_number_is_a_seed(source: Path, call: Call) -> None:
+    for seed in (-1, 10**25):
+        assert call(source, "--to", "d5", "--seed", seed, "--into", f"grown{seed}")[0] == 0
+    assert digest(source.parent / "grown-1") != digest(source.parent / f"grown{10**25}")
+
+
 def test_damaged_weights_are_named(source: Path, call: Call) -> None:
     file = source / "model.safetensors"
     whole = load_file(file)

@@ -228,8 +228,10 @@ def test_a_folder_without_a_run_is_said(tmp_path: Path, command: str) -> None:
 def test_comparing_what_is_no_run_or_the_same_twice_is_refused(
     controlled: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     for words, message in (
         ([str(tmp_path)], "no run in"),
+        ([str(tmp_path / "loop")], "no run in"),
         ([str(controlled), str(controlled)], "named twice"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -297,6 +299,12 @@ def test_a_logarithmic_axis_is_labelled_in_plain_numbers() -> None:
     plot = charts.lines("Damping", "damping", [line], x="step", y="factor", log=True)
     assert "mathdefault" not in plot
     assert re.search(r">\s*10\s*</text>", plot)
+
+
+def test_a_single_step_leaves_room_for_its_members_name() -> None:
+    line = charts.Line("damping", [0], [1.0], "c0")
+    plot = charts.lines("Damping", "damping", [line], x="step", y="factor", labels=[(0.5, "d2")])
+    assert "d2" in plot  # and matplotlib did not warn, which would fail here
 
 
 def test_a_plot_is_the_same_each_time_and_escapes_its_words() -> None:
