@@ -106,6 +106,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Judge members, ``best``, or any model directories; returns their figures and notes.
 
+    Of evaluators that measure nothing, the texts they wrote are returned too, as ``files``.
+
     Args:
         names: what to judge.
         host: the installed plugins.
@@ -140,7 +142,8 @@ def evaluate(
     for name, path in zip(names, paths, strict=True):
         label = path.name if name == "best" else name
         quality = _judged(court, label, path, choices)
-        found.append({"model_id": label, **quality.figures, "notes": dict(quality.notes)})
+        texts = {"files": dict(quality.files)} if quality.files else {}
+        found.append({"model_id": label, **quality.figures, "notes": dict(quality.notes), **texts})
     if court.failures:
         watcher.unkept(court.failures[0])
     return found
@@ -179,7 +182,8 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
                 court.failures.append(failure)
         court.watcher.judged(label, choice.name, cached=cached)
         with court.host.blaming("evaluators", choice.name, f"judging {label}"):
-            whole = joined(whole, part)
+            # Of an evaluator that measures nothing, what it wrote is all that there is to show.
+            whole = joined(whole, dataclasses.replace(part, files={}) if part.figures else part)
     return whole
 
 

@@ -15,6 +15,7 @@ from conftest import make_text
 
 from ars_kit import durable, evaluating
 from ars_kit.cli import cli
+from ars_kit.cli.members import _print_figures
 from ars_kit.data import prepare
 from ars_kit.errors import ConfigError, DataError, PluginError
 from ars_kit.evaluating import evaluate
@@ -213,6 +214,19 @@ def test_what_the_cache_cannot_keep_is_told_all_the_same(
     assert found == kept
     (reason,) = watcher.failures
     assert re.fullmatch(r"cannot write .* \(No space left on device\)", reason)
+
+
+def test_what_generate_wrote_is_shown(
+    stranger: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # measured, and from the cache
+        found, _watcher = judge(stranger, other, tmp_path, "perplexity", "generate:length=2")
+        (name,) = found["files"]
+        assert [s["prompt"] for s in json.loads(found["files"][name])][1] == "The"
+    _print_figures([found])
+    shown = capsys.readouterr().out
+    assert shown.index("heldout_loss") < shown.index('"prompt": "The"')
+    assert shown.count("samples.json") == 1
 
 
 def test_text_of_nothing_is_refused_and_of_one_letter_is_measured(

@@ -116,17 +116,21 @@ def evaluate(names: tuple[str, ...], out: Path, as_json: bool, fresh: bool, **op
 
 
 def _print_figures(found: list[dict[str, Any]]) -> None:
-    """Print a row for each model, or a column where there are more figures than fit."""
+    """Print a row for each model, or a column where there are more figures than fit; and texts."""
     from ars_kit.display import table
 
-    headings = list(dict.fromkeys(k for f in found for k in f if k != "notes"))
+    headings = list(dict.fromkeys(k for f in found for k in f if k not in {"notes", "files"}))
     rows = [[figure(f.get(h)) for h in headings] for f in found]
     if len(headings) > WIDE:
         headings, *rows = map(list, zip(headings, *rows, strict=True))
-    make_console().print(table(headings, rows, names=1))
+    if headings != ["model_id"]:
+        make_console().print(table(headings, rows, names=1))
     notes = dict.fromkeys(f"{k}: {v}" for f in found for k, v in f["notes"].items())
     for note in notes:
         click.echo(note)
+    for f in found:
+        for name, text in f.get("files", {}).items():
+            click.echo(f"\n{f['model_id']}, {name}:\n{text.rstrip()}")
 
 
 @click.command()
