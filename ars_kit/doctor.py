@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -57,9 +58,14 @@ def _version(package: str, how: str) -> str:
 
 
 def _holds(folder: RunFolder) -> str:
-    if not folder.path.exists():
-        return "nothing yet; it will be made"
-    return "a run" if folder.holds_work() else "no run"
+    """Say what is in a run folder, and whether a run could write there."""
+    path = folder.path.absolute()
+    place = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    closed = not place.is_dir() or not os.access(place, os.W_OK)
+    refused = "; nothing can be written there: choose another --out" if closed else ""
+    if place != path:
+        return "nothing yet" + (refused or "; it will be made")
+    return ("a run" if folder.holds_work() else "no run") + refused
 
 
 def _hardware() -> dict[str, dict[str, str]]:

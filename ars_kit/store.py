@@ -74,7 +74,9 @@ class RunFolder:
                 f"cannot write to {self.path}: {error.strerror}; choose another --out"
             ) from error
         if not os.access(self.private, os.W_OK):
-            raise ConfigError(f"cannot write to {self.path}; choose another --out")
+            raise ConfigError(
+                f"cannot write to {self.path}; make it writable, or choose another --out"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -23,7 +23,9 @@ from conftest import Cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from ars_kit.doctor import _holds
 from ars_kit.shapes import embedded_config
+from ars_kit.store import RunFolder
 
 
 def weights_hash(out: Path, members: tuple[str, ...] = ("d2", "d3", "d4")) -> list[str]:
@@ -445,6 +447,14 @@ def test_doctor_says_what_there_is_and_where_the_run_will_lie(arskit: Cli, tmp_p
     assert found["run folder"]["holds"] == "nothing yet; it will be made"
     assert not (tmp_path / "new").exists()
     assert found["plugins"][f"gates (ars-kit {found['packages']['ars-kit']})"] == "loaded"
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "loop"])
+def test_doctor_says_where_no_run_can_lie(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    found = _holds(RunFolder(tmp_path / name))
+    assert found.endswith("nothing can be written there: choose another --out")
 
 
 def test_plugins_show_explains_each_setting(arskit: Cli) -> None:
