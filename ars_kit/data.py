@@ -146,7 +146,10 @@ def _prepare_into(
         _clear_abandoned(folder.parent)
         temp = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"cannot write the data cache {folder.parent}: {error}") from error
+        raise ConfigError(
+            f"cannot write the data cache {folder.parent} ({error.strerror}); name another in "
+            "ARSKIT_CACHE"
+        ) from error
     try:
         with disk_errors(folder):
             with closing(Spool(temp / "text.spool")) as spool:
