@@ -218,16 +218,24 @@ class RunFolder:
             ConfigError: there is no such member.
             IntegrityError: a file differs, named.
         """
+        self.require(name)
+        problems = check_member(self.path / name)
+        if problems:
+            raise IntegrityError(f"{self.path / name}: {problems[0]}")
+        return self.path / name
+
+    def require(self, name: str) -> None:
+        """Refuse a name that no member has.
+
+        Raises:
+            ConfigError: it is none's.
+        """
         if not self.holds(name):
             names = self.members()
             raise ConfigError(
                 f"no member {name!r} in {self.path}{did_you_mean(name, names)}. "
                 f"There are: {', '.join(names) or 'none'}"
             )
-        problems = check_member(self.path / name)
-        if problems:
-            raise IntegrityError(f"{self.path / name}: {problems[0]}")
-        return self.path / name
 
     def _manifest(self, name: str) -> Path:
         return self.path / name / MANIFEST
@@ -310,18 +318,33 @@ def locate(name: str, out: Path) -> Path:
         ConfigError: there is none of that name.
         IntegrityError: it is damaged.
     """
+    path = find(name, out)
+    problems = check_member(path) if (path / MANIFEST).is_file() else []
+    if problems:
+        raise IntegrityError(f"{path}: {problems[0]}")
+    return path
+
+
+def find(name: str, out: Path) -> Path:
+    """Return the directory of a member, of ``best``, or any model directory, as it lies there.
+
+    Args:
+        name: of a member of ``out``, ``best``, or a path.
+        out: the run folder.
+
+    Raises:
+        ConfigError: there is none of that name.
+        IntegrityError: the record of the best is damaged.
+    """
     folder = RunFolder(out)
     if name == "best":
         name = _best(out)
     elif not folder.holds(name) and Path(name).is_dir():
-        path = Path(name)
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} is not a model directory: it has no config.json")
-        problems = check_member(path) if (path / MANIFEST).is_file() else []
-        if problems:
-            raise IntegrityError(f"{path}: {problems[0]}")
-        return path
-    return folder.open_member(name)
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(f"{Path(name)} is not a model directory: it has no config.json")
+        return Path(name)
+    folder.require(name)
+    return folder.path / name
 
 
 def _best(out: Path) -> str:

@@ -494,6 +494,22 @@ def test_bad_completions_are_refused_by_field(
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stop": [""]}, "at least 1 character"),
+        ({"stop": ["a"] * 5}, "at most 4 items"),
+        ({"stop": 5}, "valid string"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
+        ({"prompt": []}, "at least 1 item"),
+    ],
+)
+def test_the_reason_is_that_of_the_type_which_was_meant(
+    client: TestClient, change: dict[str, Any], words: str
+) -> None:
+    assert words in error_of(client.post("/v1/completions", json={**ASK, **change}), 400)["message"]
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"messages": []}, "messages"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ars_kit.cli.options import echo_json, json_option, make_host, out_option
+from ars_kit.cli.options import echo_json, importing, json_option, make_host, out_option
 
 
 @click.command()
@@ -30,12 +30,16 @@ from ars_kit.cli.options import echo_json, json_option, make_host, out_option
 @json_option
 def grow(checkpoint: str, to: str, out: Path, as_json: bool, **options: Any) -> None:
     """Grow one checkpoint, a member or any model directory, into a new directory."""
-    from ars_kit.growing import Growth, grow_checkpoint, target_config
     from ars_kit.schema import parse_choice
-    from ars_kit.store import locate
+    from ars_kit.store import find, locate
 
     host, choice = make_host(), parse_choice(options["strategy"])
     host.check("strategies", choice)
+    find(checkpoint, out)  # a slip is said before torch is imported
+
+    with importing():
+        from ars_kit.growing import Growth, grow_checkpoint, target_config
+
     source = locate(checkpoint, out)
     config = target_config(source, to)
     target = options["into"] or Path(f"{source.name}-to-{Path(to).name}")

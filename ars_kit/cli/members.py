@@ -11,6 +11,7 @@ from ars_kit.cli.options import (
     cache_folder,
     echo_json,
     figure,
+    importing,
     json_option,
     make_console,
     make_host,
@@ -95,14 +96,24 @@ def verify(out: Path, as_json: bool) -> None:
 @json_option
 def evaluate(names: tuple[str, ...], out: Path, as_json: bool, fresh: bool, **options: Any) -> None:
     """Judge members, d10..d18, 'best', or any model directory."""
-    from ars_kit.display import JudgingDisplay
-    from ars_kit.evaluating import evaluate as judge
+    from ars_kit.schema import parse_choice
+    from ars_kit.store import find
+
+    host, models = make_host(), expand(names)
+    for name in models:
+        find(name, out)  # a slip is said before torch is imported
+    for evaluator in options["run__evaluators"]:
+        host.check("evaluators", parse_choice(evaluator))
+
+    with importing():
+        from ars_kit.display import JudgingDisplay
+        from ars_kit.evaluating import evaluate as judge
 
     display = JudgingDisplay(make_console(stderr=True))
     with display.showing():
         found = judge(
-            expand(names),
-            make_host(),
+            models,
+            host,
             out,
             cache_folder(),
             overrides(options),

@@ -13,6 +13,7 @@ from ars_kit.cli.options import (
     cache_folder,
     clearing_up,
     echo_json,
+    importing,
     json_option,
     make_host,
     out_option,
@@ -44,14 +45,19 @@ def export(
     from itertools import islice
 
     from ars_kit.durable import byte_count
-    from ars_kit.evaluating import heldout_text
     from ars_kit.schema import parse_choice
-    from ars_kit_serving.checkpoints import open_checkpoint
-    from ars_kit_serving.export import Export, export_checkpoint
-    from ars_kit_serving.parity import JUDGED
+    from ars_kit.store import find
 
     host, choice = make_host(), parse_choice(form)
     host.check("exporters", choice)
+    find(name, out)  # a slip is said before torch is imported
+
+    with importing():
+        from ars_kit.evaluating import heldout_text
+        from ars_kit_serving.checkpoints import open_checkpoint
+        from ars_kit_serving.export import Export, export_checkpoint
+        from ars_kit_serving.parity import JUDGED
+
     checkpoint = open_checkpoint(name, out)
     overrides = {"data.source": data} if data else {}
     with clearing_up():
@@ -158,15 +164,21 @@ def serve(
         raise click.UsageError("Missing argument 'NAMES...'.", click.get_current_context())
 
     from ars_kit.schema import parse_choice
-    from ars_kit_serving.serve import Serving
-    from ars_kit_serving.serve import serve as run
+    from ars_kit.store import find
 
-    host, choice = make_host(), parse_choice(engine)
+    host, choice, models = make_host(), parse_choice(engine), expand(names)
     if choice.name != "auto":
         host.listing("servers", choice.name)
     out: Path = options.pop("out")
+    for name in models:
+        find(name, out)  # a slip is said before torch is imported
+
+    with importing():
+        from ars_kit_serving.serve import Serving
+        from ars_kit_serving.serve import serve as run
+
     serving = Serving(
-        names=expand(names),
+        names=models,
         out=out,
         host=host,
         engine=choice,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -109,7 +110,7 @@ def handle_errors(app: FastAPI) -> None:
             return ApiError(
                 400, "Send JSON, with Content-Type: application/json.", code="invalid_content_type"
             ).response()
-        first = error.errors()[0]
+        first = _telling(error.errors())
         path = [str(part) for part in first["loc"][1:]]
         name = path[0] if path and first["type"] != "json_invalid" else None
         message = first["msg"] if name is None else f"{name}: {first['msg']}"
@@ -120,3 +121,15 @@ def handle_errors(app: FastAPI) -> None:
         words = {404: f"Unknown request URL: {request.method} {request.url.path[:200]}"}
         message = words.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def _telling(errors: Sequence[Any]) -> dict[str, Any]:
+    """Return what is wrong with the first field that is wrong.
+
+    A field may be of several types, and then each has an error. A value is meant for the one that
+    it is of.
+    """
+    field = errors[0]["loc"][:2]
+    same = [e for e in errors if e["loc"][:2] == field]
+    found: dict[str, Any] = next((e for e in same if not e["type"].endswith("_type")), same[0])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import re
 import signal
@@ -106,6 +107,7 @@ def serve(serving: Serving, ready: Callable[[str], None]) -> None:
         try:
             for checkpoint in checkpoints:
                 models[checkpoint.name] = load(checkpoint, serving)
+            gc.freeze()  # weights and modules stay: no collection need pause requests for them
             _run(serving, models, rules, listener, ready)
         finally:
             for model in models.values():
