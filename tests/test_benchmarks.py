@@ -122,6 +122,15 @@ def test_a_bar_is_not_met_where_it_is_not(change: dict[str, float | None], bar: 
     assert judged(scores(**change))[bar] is False
 
 
+def test_a_run_of_clean_text_alone_judges_no_provocation() -> None:
+    from stability.bars import bars
+    from stability.figures import Table
+
+    table = Table({place: seeds for place, seeds in scores().scores.items() if place[0] == "clean"})
+    known = {b.claim.split(":")[0]: b.met for b in bars(table, ["clean"])}
+    assert {claim for claim, met in known.items() if met is not None} == {"clean"}
+
+
 def test_provocations_are_functions_of_seed_and_step() -> None:
     for name in ("corrupt-10", "corrupt-2", "bursts", "period-8"):
         assert altered(name, 300) == altered(name, 300)

@@ -90,7 +90,9 @@ def _clearly(table: Table, provocation: str, peer: str) -> bool:
 
 def _best_peer_bar(table: Table, provoked: Sequence[str]) -> Bar:
     claim = "in no provocation worse than the best peer by more than 1 %"
-    worse = []
+    worse: list[tuple[float, str]] = []
+    if not provoked:
+        return Bar(claim, None, "not all measured")
     for p in provoked:
         paired = table.shared(*((p, m) for m in (*PEERS, "ars")))
         peer = paired.best(p, list(PEERS))

@@ -41,6 +41,8 @@ DAMPED = "ars"
 """The wrapper whose gates are also left out one by one."""
 
 
+CLIPPED = "ars-with-clip"
+"""The wrapper with clipping to a global norm of 1.0 where its norm memory is."""
 ORACLE = "oracle"
 """No method, but a bound: the wrapper, told what its surprise gate has to guess."""
 RUINED = frozenset({"clean", *(p.name for p in PROVOCATIONS.values() if p.ruins)})
@@ -266,6 +268,15 @@ def _oracle(host: Host, groups: Groups) -> Stepper:
     return Stepper(DampedOptimizer(adamw(groups), gates), told=told)
 
 
+def _clipped(host: Host, groups: Groups) -> Stepper:
+    return Stepper(DampedOptimizer(adamw(groups), _with_clip(host)))
+
+
+def _with_clip(host: Host) -> dict[str, DampingGate]:
+    clip = host.make("gates", Choice("clip"))
+    return {n: clip if n == "norm-memory" else g for n, g in _gates(host, DAMPED).items()}
+
+
 def _gates(host: Host, name: str) -> dict[str, DampingGate]:
     return dict(host.make("wrappers", Choice(name)))
 
@@ -326,6 +337,8 @@ def installed_methods() -> tuple[dict[str, Method], list[str]]:
         found.append(Method(name, "ars-kit", code, partial(_wrapped, host, name, None)))
         if name == DAMPED:
             found += [_ablated(host, gate, code) for gate in gates]
+            clipped = _digest(host.listing("wrappers", name).offer.make, _with_clip(host))
+            found.append(Method(CLIPPED, "ars-kit", clipped, partial(_clipped, host), RUINED))
             found.append(
                 Method(
                     ORACLE, "told which batches are random", code, partial(_oracle, host), RUINED
