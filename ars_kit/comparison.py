@@ -63,6 +63,7 @@ class Reached:
         reached: where the line first came down to it, its ancestors' cost counted; None: nowhere.
         own: the same from the member's own birth on, as if its ancestors had cost nothing; None
             also where the control has no member of this name.
+        control_own: what the control had spent on its member alone, counted likewise.
         loss: the last point of the family's curve.
         control_reached: where the control first came down to that; None: nowhere.
         why: what is missing, where nothing can be said.
@@ -76,6 +77,7 @@ class Reached:
     control: Spent | None = None
     reached: Spent | None = None
     own: Spent | None = None
+    control_own: Spent | None = None
     loss: float | None = None
     control_reached: Spent | None = None
     why: str | None = None
@@ -83,12 +85,13 @@ class Reached:
     def saved(self, what: str = "flops", *, own: bool = False) -> float | None:
         """Return the share of the control's FLOPs, seconds or cost that was not needed.
 
-        Negative where more was needed; None where the loss was not reached.
+        Negative where more was needed; None where the loss was not reached. Of a member alone what
+        its ancestors cost is left out on both sides.
         """
-        found = self.own if own else self.reached
-        if found is None or self.control is None or not getattr(self.control, what):
+        found, control = (self.own, self.control_own) if own else (self.reached, self.control)
+        if found is None or control is None or not getattr(control, what):
             return None
-        return float(1 - getattr(found, what) / getattr(self.control, what))
+        return float(1 - getattr(found, what) / getattr(control, what))
 
     def facts(self) -> dict[str, Any]:
         """Return it JSON-ready, with the shares that were saved."""
@@ -315,6 +318,7 @@ def _row(
         control=theirs[-1],
         reached=first_at(line, member.last_heldout),
         own=first_at(alone, member.last_heldout),
+        control_own=points(run, member.name, ancestors=False)[-1],
         loss=against.last_heldout,
         control_reached=first_at(theirs, against.last_heldout),
     )

@@ -120,6 +120,13 @@ def test_savings_are_what_was_not_spent_until_the_controls_loss() -> None:
     assert row.control_reached is None  # it never came down to 1.0
 
 
+def test_alone_is_compared_with_alone() -> None:
+    """A control whose members inherit too: their ancestors are no cheaper than the family's."""
+    same = run("no-ars", *CHAIN, **{"optimizer.name": "adamw"})
+    row = family_with(same).reached[-1]
+    assert (row.member, row.saved(), row.saved(own=True)) == ("d2", 0.0, 0.0)
+
+
 def test_what_was_not_reached_is_said_and_not_numbered() -> None:
     control = run("no-growth", member("d1", [4.0, 1.0, 0.5]))
     comparison = family_with(control)
