@@ -266,10 +266,11 @@ def _parent(cradle: Cradle, member: MemberPlan) -> tuple[Parent, PreTrainedModel
                 f"the state of {name} from before its learning rate fell is gone; start anew with "
                 "--restart"
             )
-        step, tree = state
+        _, tree = state
         set_weights(model, tree["weights"])
+        # By tokens, not steps: what was undone before the branch has been paid for as well.
         tokens -= metrics["tokens"] - tree["meter"]["tokens"]
-        flops -= metrics["flops"] * (1 - step / metrics["steps"])
+        flops -= metrics["flops"] * (1 - tree["meter"]["tokens"] / metrics["tokens"])
         flops -= metrics["loss_flops"] - tree["meter"]["loss_flops"]
     parent = Parent(
         name=name,

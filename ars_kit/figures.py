@@ -110,7 +110,7 @@ def _curve(cradle: Cradle, member: MemberPlan, job: Trainee) -> dict[str, Any] |
 
 def _flops(member: MemberPlan, job: Trainee) -> float:
     """Return what training took, steps that were undone included."""
-    undone = bool(job.recovery.events)
+    undone = job.meter.tokens != member.tokens
     return member.flops * job.meter.tokens / member.tokens if undone else member.flops
 
 

@@ -57,12 +57,15 @@ class Runs:
     def __init__(self, folder: Path, cache: Path, texts: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.cache, self.texts, self.patch = folder, cache, texts, patch
 
-    def __call__(self, name: str, device: Device, **train: Any) -> tuple[Any, Path, list[str]]:
+    def __call__(
+        self, name: str, device: Device, *, strategy: str = "progressive", **train: Any
+    ) -> tuple[Any, Path, list[str]]:
         self.patch.setattr(memory, "whole_loss", device.loss)
         flags = {
             "family.members": "d2,d3", "family.vocab_size": 300, "family.aspect": 4.0,
             "train.iterations": (3, 2), "train.batch_size": 8, "data.source": str(self.texts),
             "data.sequence_length": 16, "data.heldout_tokens": 256, "run.save_every": 2,
+            "family.strategy": strategy,
             **{f"train.{key}": value for key, value in train.items()},
         }  # fmt: skip
         host, watcher = Host.installed(), Listening()
@@ -157,15 +160,20 @@ def test_parameters_that_were_stepped_are_those_of_the_newest_state_again(
 ) -> None:
     device = Device(8)
     Full(device, monkeypatch, step=3)
-    metrics, out, lines = run("broken", device, **TINY)
+    metrics, out, lines = run("broken", device, strategy="trunk", **TINY)
     assert lines == [f"d2: cpu {BROKEN} with --accumulation 2, 4 sequences at a time"]
     assert [m["accumulation"] for m in metrics] == [2, 2]
     # As if step 2 had not fitted: then nothing was stepped, and it is begun anew by itself.
-    _, whole, _ = run("begun", Device(4, since=2), **TINY)
+    begun, whole, _ = run("begun", Device(4, since=2), strategy="trunk", **TINY)
     for member in ("d2", "d3"):
         assert losses(out, member) == losses(whole, member)
         assert weights(out, member) == weights(whole, member)
     assert metrics[0]["tokens"] == 10 * 8 * 16  # what was undone was trained on, too
+    assert metrics[0]["flops"] == pytest.approx(begun[0]["flops"] * 10 / 9)
+    # The heir left after 7 of 9 steps, one of which was taken twice.
+    assert metrics[1]["lineage_tokens"] - metrics[1]["tokens"] == 8 * 8 * 16
+    before = metrics[1]["lineage_flops"] - metrics[1]["total_flops"]
+    assert before == pytest.approx(begun[0]["flops"] * 8 / 9)
 
 
 @pytest.mark.slow
