@@ -159,6 +159,8 @@ class InBackward(DampedOptimizer):
             memory.answers.clear()
             memory.last = total.gradient * total.step
             self._telemetry.note(memory.steps, passed.loss, total)
+        elif passed.loss is not None:
+            self._telemetry.note_undamped(memory.steps, passed.loss)
         memory.steps += 1
         memory.intact = True
 
@@ -166,7 +168,7 @@ class InBackward(DampedOptimizer):
         """Ask the gates about the step to come."""
         loss = self._reduced()
         if loss is None or not self.gates:
-            return _Pass()
+            return _Pass(loss)
         count = sum(len(group["params"]) for group in self.param_groups)
         total = Factors(torch.ones_like(loss), count)
         with torch.no_grad():

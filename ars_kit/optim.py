@@ -118,6 +118,7 @@ def build_optimizer(
     """
     from ars_kit.backward import InBackward  # noqa: PLC0415 -- torch is slow to import
     from ars_kit.damping import DampedOptimizer  # noqa: PLC0415 -- torch is slow to import
+    from ars_kit.undamped import Undamped  # noqa: PLC0415 -- torch is slow to import
 
     _, base = _wrapper_and_base(host, settings)
     optimizer = host.make("optimizers", base, list(groups), lr=lr)
@@ -125,7 +126,8 @@ def build_optimizer(
     owners = _owners(host, settings, gates)
     if in_backward:
         return InBackward(optimizer, gates, owners=owners)
-    return DampedOptimizer(optimizer, gates, reduce=reduce, owners=owners)
+    kind = DampedOptimizer if gates else Undamped
+    return kind(optimizer, gates, reduce=reduce, owners=owners)
 
 
 def base_name(host: Host, settings: OptimizerSettings) -> str:

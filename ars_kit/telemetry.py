@@ -57,6 +57,10 @@ class Telemetry:
         new = torch.cat([counts, per_gate, row[row.numel() - n :]])
         self.totals = new if self.totals is None else self.totals + new
 
+    def note_undamped(self, step: int, loss: Tensor) -> None:
+        """Record one step that there was no gate to ask about."""
+        self.note(step, loss, Factors(torch.ones_like(loss), 0))
+
     def drain(self) -> list[dict[str, Any]]:
         """Return and forget the rows; synchronises once."""
         if not self._rows:

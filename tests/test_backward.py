@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from ars_kit.footprint import LiveBytes
 from ars_kit.host import Host
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare
 from ars_kit.models import build, parameter_groups
+from ars_kit.optim import build_optimizer
+from ars_kit.resolving import resolve
 from ars_kit.schema import Choice, parse_choice
 from ars_kit.spec import Damping, StepSignal
 from ars_kit.state import pack, unpack
@@ -332,3 +334,33 @@ def test_a_grad_scaler_is_refused() -> None:
         scaler.scale(loss).backward()
     with pytest.raises(ConfigError, match="GradScaler has to see all gradients"):
         scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_run_without_any_gate_records_its_losses(host: Host, in_backward: bool) -> None:
+    """Or its history would be empty, and nobody would watch it."""
+    chosen = resolve({"optimizer.name": "adamw", "optimizer.without": ("guard",)}, {}).optimizer
+    weight, bare = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = build_optimizer(
+        host, chosen, [{"params": [weight]}], lr=0.1, position=0.0, in_backward=in_backward
+    )
+    assert not optimizer.gates
+    base = host.make("optimizers", chosen.name, [{"params": [bare]}], lr=0.1)
+    for _ in range(3):
+        loss = weight.square().sum()
+        optimizer.observe(loss)
+        with optimizer.in_backward() if isinstance(optimizer, InBackward) else nullcontext():
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bare.grad = 2 * bare.detach()
+        base.step()
+    assert torch.equal(weight, bare)  # and does no more than that
+    rows = optimizer.drain()
+    assert [(r["step"], r["gradient"], r["step_size"]) for r in rows] == [
+        (0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 1.0)
+    ]  # fmt: skip
+    assert [r["loss"] for r in rows] == pytest.approx([3.0, 2.43, 1.92], abs=0.03)
+    assert optimizer.summary() == {"steps": 3, "skipped": 0, "damping": 1.0, "gates": {}}
+    optimizer.load_state_dict(unpack(*pack(optimizer.state_dict())))
+    assert optimizer.summary()["steps"] == 3
