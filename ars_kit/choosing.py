@@ -18,6 +18,9 @@ from ars_kit.rules import DEFAULT_METRIC, Rule
 from ars_kit.schema import did_you_mean
 from ars_kit.store import BEST, RunFolder
 
+FEWEST = 6
+"""Documents from which on a lead can be more than chance: of five that all favour one model a sign
+test still says 1 in 16 (Dixon & Mood 1946), while the interval of any that agree excludes zero."""
 PAIRED = frozenset({"bits_per_byte", "heldout_loss", "perplexity"})
 """Figures that are kept document by document."""
 
@@ -172,7 +175,7 @@ def _paired(folder: RunFolder, best: str, other: str) -> dict[str, Any]:
     found = difference_interval(nats, sizes, other_nats, other_sizes)
     if found is None:
         return {}
-    clear = not found[0] <= 0 <= found[1]
+    clear = len(one) >= FEWEST and not found[0] <= 0 <= found[1]
     return {"interval": list(found), "documents": len(one), "distinguishable": clear}
 
 
@@ -203,4 +206,6 @@ def _words(record: Mapping[str, Any]) -> str:
     )
     if record["distinguishable"]:
         return f"{head} {margin} ({interval}): more than chance."
+    if record["documents"] < FEWEST:
+        return f"{head} {margin} ({interval}): too few to tell chance from merit."
     return f"{head} {margin} ({interval}): {best} is best, but not distinguishable from {other}."

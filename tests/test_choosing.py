@@ -133,6 +133,21 @@ def test_a_lead_within_chance_is_called_that(family: RunFolder) -> None:
     assert found["words"].endswith("d5 is best, but not distinguishable from d4.")
 
 
+@pytest.mark.parametrize(("documents", "clear"), [(5, False), (6, True)])
+def test_few_documents_prove_nothing_however_they_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, clear: bool
+) -> None:
+    monkeypatch.setitem(globals(), "BYTES", BYTES[:documents])
+    folder = RunFolder(tmp_path)
+    commit(folder, "d2", 1.6, noise=NOISE[:documents])
+    commit(folder, "d3", 1.5, noise=NOISE[:documents])
+    found = chosen(folder, Rule())
+    assert found["interval"] == pytest.approx([0.1, 0.1])
+    assert (found["documents"], found["distinguishable"]) == (documents, clear)
+    end = "more than chance." if clear else "too few to tell chance from merit."
+    assert found["words"].endswith(end)
+
+
 def test_a_budget_leaves_members_out_and_says_so(family: RunFolder) -> None:
     found = chosen(family, Rule(limits=(Limit("parameters", most=True, bound=250),)))
     assert found["member"] == "d3"
