@@ -10,6 +10,7 @@ from ars_kit.backward import DROPPED
 from ars_kit.compiling import eagerly
 from ars_kit.errors import DivergedError, PluginError
 from ars_kit.models import set_weights, trained_weights, weights_of
+from ars_kit.schedule import climbing
 from ars_kit.sharding import all_finite, dealt_state, dealt_weights, is_sharded, write_parts
 from ars_kit.state import pack
 from ars_kit.states import CURVE
@@ -220,7 +221,8 @@ def log(job: Trainee, done: int) -> None:
                 "train.lr; nothing of it was committed"
             )
     # While the rate climbs, a loss that rises says nothing.
-    job.recovery.look(row for row in rows if row["step"] >= job.warmup)
+    climbs = climbing(job.plan.steps, job.warmup)
+    job.recovery.look(row for row in rows if row["step"] >= climbs)
     if job.accelerator.is_main_process:
         for row in rows:
             if events := job.recovery.events_at(row["step"]):

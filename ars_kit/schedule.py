@@ -24,7 +24,7 @@ def lr_factor(
     to 0 over the last ``decay_fraction`` of the steps; ``cosine`` (Loshchilov & Hutter, 1608.03983)
     falls to 0 from the end of the warm-up.
     """
-    warmup = min(warmup, steps // 2)
+    warmup = climbing(steps, warmup)
     if step < warmup:
         return start + (1 - start) * (step + 1) / (warmup + 1)
     left = (steps - step) / steps
@@ -33,6 +33,11 @@ def lr_factor(
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     return 1.0
+
+
+def climbing(steps: int, warmup: int) -> int:
+    """Return in how many of its ``steps`` a member's rate climbs, where ``warmup`` is wanted."""
+    return min(warmup, steps // 2)
 
 
 def stable_steps(steps: int, decay_fraction: float) -> int:

@@ -254,6 +254,13 @@ def test_a_run_that_looks_on_is_left_to_itself(tmp_path: Path) -> None:
     assert job.folder.states("d1").steps() == [STEPS]
 
 
+def test_a_warm_up_longer_than_the_training_hides_no_more_than_its_half(tmp_path: Path) -> None:
+    job = job_in(tmp_path, settings(on_instability="stop"), bad=lambda place: place == 115)
+    job.plan.steps, job.warmup = 160, 1000  # type: ignore[misc]
+    with pytest.raises(DivergedError, match="d1 is unstable"):
+        train_member(job)
+
+
 def test_it_stops_with_the_state_from_before(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="the state after step 48, from before, is kept"):
         train_member(job_in(tmp_path, settings(on_instability="stop")))
