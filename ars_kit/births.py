@@ -15,7 +15,7 @@ import torch
 
 from ars_kit.errors import ArsKitError, IntegrityError, PluginError
 from ars_kit.factors import dequantised
-from ars_kit.inherit import derive_opt_state, inherited_share
+from ars_kit.inherit import broken_term, derive_opt_state, inherited_share
 from ars_kit.ledger import counting
 from ars_kit.lora import WHOLE
 from ars_kit.models import (
@@ -202,8 +202,8 @@ def _check_terms(cradle: Cradle, member: MemberPlan, seed: Seed, fresh: Mapping[
     unknown = sorted(seed.hints.keys() - fresh.keys())
     if unknown:
         raise _broke(cradle, f"gave a hint about {unknown[0]}, which {member.name} has not")
-    if not 0 <= seed.replay < 1:
-        raise _broke(cradle, f"asked for a replay of {seed.replay}, which is no share in [0, 1)")
+    if broken := broken_term(seed):
+        raise _broke(cradle, f"bore {member.name} against the rules: {'; '.join(broken)}")
     if seed.decay_fraction is not None and member.branch is not None:
         raise _broke(
             cradle, f"moved the decay of {member.name}, before which an heir is planned to leave it"

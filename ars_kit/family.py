@@ -37,6 +37,7 @@ from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.ranks import mean_over_ranks
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
+from ars_kit.roster import bad_name
 from ars_kit.sharding import dealt, gathered, is_sharded, scattered
 from ars_kit.spec import Assessment, Finishing
 from ars_kit.states import HISTORY
@@ -308,15 +309,18 @@ def blend(family: Family) -> list[dict[str, Any]]:
     assert isinstance(cradle.strategy, Finishing)  # noqa: S101 -- the caller has looked
     names = [m.name for m in family.plan.members]
     cooled = [finished(cradle, m) for m in family.plan.members]
-    found = []
+    found: list[dict[str, Any]] = []
     with family.host.blaming("strategies", cradle.strategy_name, "finishing the family"):
         blends = list(cradle.strategy.finish(cooled))
     for made in blends:
-        if made.name in names or not made.sources or not {*made.sources} <= {*names}:
+        taken = [*names, *(m["model_id"] for m in found)]
+        if made.name in taken or not made.sources or not {*made.sources} <= {*names}:
             raise PluginError(
                 f"{cradle.who} cannot make {made.name!r} of "
-                f"{', '.join(made.sources)}: there are {', '.join(names)}"
+                f"{', '.join(made.sources)}: there are {', '.join(taken)}"
             )
+        if bad := bad_name(made.name):
+            raise PluginError(f"{cradle.who}: {bad}")
         if not folder.has(made.name) and family.accelerator.is_main_process:
             model = build(made.config, seed=0)
             with counting() as account:

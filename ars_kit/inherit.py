@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from ars_kit.errors import PluginError
 from ars_kit.sharding import dealt
-from ars_kit.spec import Block, Descent, InheritanceStrategy, Ordering
+from ars_kit.spec import Block, Descent, Hint, InheritanceStrategy, Ordering, Seed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +48,42 @@ def descents(
     if sorted(born) != list(range(len(configs))):
         raise PluginError(f"the strategy bears members {born} of a family of {len(configs)}")
     return found
+
+
+def broken_term(seed: Seed) -> tuple[str, str] | None:
+    """Return the first of a seed's terms that is out of range: what it must be, and what it is."""
+
+    def share(value: Any) -> bool:
+        return isinstance(value, int | float) and 0 <= value <= 1
+
+    def steps(value: Any) -> bool:
+        return isinstance(value, int) and value >= 0
+
+    note: Any = seed.note
+    checks = {
+        "preserves": (seed.preserves in ("exact", "approx", "none"), "exact, approx or none"),
+        "opt_state": (seed.opt_state in ("derive", "reset"), "derive or reset"),
+        "rewarm_steps": (
+            seed.rewarm_steps is None or steps(seed.rewarm_steps),
+            "None or a number of steps",
+        ),
+        "start_lr": (share(seed.start_lr), "in [0, 1]"),
+        "decay_fraction": (
+            seed.decay_fraction is None or share(seed.decay_fraction),
+            "None or in [0, 1]",
+        ),
+        "replay": (share(seed.replay) and seed.replay < 1, "in [0, 1)"),
+        "note": (isinstance(note, str) and "\n" not in note, "one line of text"),
+    }
+    for name, (held, span) in checks.items():
+        if not held:
+            return f"a seed's {name} must be {span}", f"it is {getattr(seed, name)!r}"
+    hints: Mapping[str, Any] = seed.hints
+    for name, hint in hints.items():
+        numbers = [getattr(hint, f.name) for f in fields(Hint)] if isinstance(hint, Hint) else []
+        if not numbers or not all(x >= 0 for x in numbers):
+            return "a hint must be a Hint of numbers >= 0", f"for {name}: {hint!r}"
+    return None
 
 
 def derive_opt_state(

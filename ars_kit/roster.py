@@ -110,6 +110,16 @@ def read_roster(path: Path) -> str:
     return "; ".join(map(str, _checked(members)))
 
 
+def bad_name(name: str) -> str | None:
+    """Return why a member cannot be called so; None if it can."""
+    if _NAME.fullmatch(name) and name not in _TAKEN:
+        return None
+    return (
+        f"{name!r} cannot be a member's name: write letters, digits, _ and -, and none of "
+        f"{', '.join(_TAKEN)}"
+    )
+
+
 def parse_depths(text: str) -> tuple[int, ...]:
     """Read ``d10..d18`` or ``d10,d12`` into depths in birth order.
 
@@ -171,11 +181,8 @@ def _checked(members: list[Member]) -> tuple[Member, ...]:
     if not members:
         raise ConfigError("a family needs at least one member")
     for i, member in enumerate(members):
-        if not _NAME.fullmatch(member.name) or member.name in _TAKEN:
-            raise ConfigError(
-                f"{member.name!r} cannot be a member's name: write letters, digits, _ and -, "
-                f"and none of {', '.join(_TAKEN)}"
-            )
+        if bad := bad_name(member.name):
+            raise ConfigError(bad)
         if member.name in [m.name for m in members[:i]]:
             raise ConfigError(f"member {member.name!r} is named twice")
     return tuple(members)

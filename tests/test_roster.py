@@ -10,7 +10,7 @@ from ars_kit.errors import ConfigError
 from ars_kit.host import Host
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
-from ars_kit.roster import Member, parse_roster, read_roster
+from ars_kit.roster import Member, bad_name, parse_roster, read_roster
 from ars_kit.settings import to_toml
 
 TEXT = """
@@ -100,3 +100,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         resolve({"family.members": str(tmp_path / "none.toml")}, {})
     with pytest.raises(ConfigError, match=r"name a file of shapes that ends in \.toml"):
         resolve({"family.members": "small"}, {})
+
+
+def test_a_blend_may_be_called_what_a_member_may() -> None:
+    assert bad_name("soup") is None
+    for name in ("controls", "best", "", "../x", "a b"):
+        assert "cannot be a member's name" in (bad_name(name) or "")

@@ -409,6 +409,14 @@ class Renames(Wrapped):
         return [Blend("d2", last.config, last.weights, (last.name,))]
 
 
+class Twice(Wrapped):
+    def finish(self, members: Any) -> Any:
+        from ars_kit.spec import Blend
+
+        last = members[-1]
+        return [Blend("mix", last.config, last.weights, (last.name,))] * 2
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
@@ -419,6 +427,8 @@ class Renames(Wrapped):
         (Forgets, "bears members [0] of a family of 3"),
         (MovesTheDecay, "moved the decay of d3"),
         (Renames, "cannot make 'd2' of d4"),
+        (Twice, "cannot make 'mix' of d4: there are d2, d3, d4, mix"),
+        (broken(decay_fraction=-1.0), "bore d3 against the rules: a seed's decay_fraction must be"),
         (broken(hints={"nowhere": None}), "gave a hint about nowhere, which d3 has not"),
         (broken(loss=fails), "its loss failed at step 0: KeyError('x')"),
         (broken(loss=lambda lesson: 1.0), "must return a 0-d tensor; at step 0 it is float"),

@@ -6,14 +6,15 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ars_kit.inherit import broken_term
 from ars_kit.models import set_weights, weights_of
-from ars_kit.spec import Birth, Hint, InheritanceStrategy, Parent, Seed
+from ars_kit.spec import Birth, InheritanceStrategy, Parent, Seed
 from ars_kit.testing.cases import Case, fresh_of, model_of, windows_of
 from ars_kit.testing.rules import ConformanceError
 
@@ -169,39 +170,11 @@ def _check_weights(
 def check_terms(newborn: Newborn) -> None:
     """Check what a seed says about the child's training."""
     seed, case = newborn.seed, newborn.case
-
-    def share(value: Any) -> bool:
-        return isinstance(value, int | float) and 0 <= value <= 1
-
-    def steps(value: Any) -> bool:
-        return isinstance(value, int) and value >= 0
-
-    note: Any = seed.note
-    checks = {
-        "preserves": (seed.preserves in ("exact", "approx", "none"), "exact, approx or none"),
-        "opt_state": (seed.opt_state in ("derive", "reset"), "derive or reset"),
-        "rewarm_steps": (
-            seed.rewarm_steps is None or steps(seed.rewarm_steps),
-            "None or a number of steps",
-        ),
-        "start_lr": (share(seed.start_lr), "in [0, 1]"),
-        "decay_fraction": (
-            seed.decay_fraction is None or share(seed.decay_fraction),
-            "None or in [0, 1]",
-        ),
-        "replay": (share(seed.replay) and seed.replay < 1, "in [0, 1)"),
-        "note": (isinstance(note, str) and "\n" not in note, "one line of text"),
-    }
-    for name, (held, span) in checks.items():
-        if not held:
-            raise case.broken(f"a seed's {name} must be {span}", f"it is {getattr(seed, name)!r}")
-    hints: Mapping[str, Any] = seed.hints
-    for name, hint in hints.items():
+    if broken := broken_term(seed):
+        raise case.broken(*broken)
+    for name in seed.hints:
         if name not in newborn.weights:
             raise case.broken("a hint must be about a tensor of the child", f"it has no {name!r}")
-        numbers = [getattr(hint, f.name) for f in fields(Hint)] if isinstance(hint, Hint) else []
-        if not numbers or not all(x >= 0 for x in numbers):
-            raise case.broken("a hint must be a Hint of numbers >= 0", f"for {name}: {hint!r}")
 
 
 def check_repeated(newborn: Newborn, again: Newborn) -> None:
