@@ -222,6 +222,8 @@ def _damping(run: RunRecord) -> Iterator[Block]:
     for member in recorded:
         for row in member.history:
             at = first + row["step"]
+            if row.get("went_back"):
+                back.append(at)
             if row["skipped"]:
                 skipped.append(at)
                 continue
@@ -230,11 +232,11 @@ def _damping(run: RunRecord) -> Iterator[Block]:
                 if values.get(name) is not None:
                     xs.append(at)
                     ys.append(values[name])
-            if row.get("went_back"):
-                back.append(at)
         labels.append((first + len(member.history) / 2, member.name))
         first += len(member.history)
-    active = {n: s for n, s in series.items() if n == "damping" or any(y < 0.999 for y in s[1])}
+    active = {
+        n: s for n, s in series.items() if n == "damping" or any(abs(y - 1) > 1e-3 for y in s[1])
+    }  # norm memory may amplify alone
     drawn_lines = [
         charts.Line(n, _thin(xs), _thin(_eased(ys)), f"c{(i + 5) % charts.HUES}", i)
         for i, (n, (xs, ys)) in enumerate(active.items())
@@ -251,9 +253,9 @@ def _damping(run: RunRecord) -> Iterator[Block]:
         "Damping", alt, drawn_lines, x="step of the family", y="factor; 1 is undamped",
         marks=marks, labels=labels, log=_wants_log(drawn_lines),
     )  # fmt: skip
-    yield Figure("Damping over time, smoothed, and the gates that ever damped", alt, plot)
+    yield Figure("Damping over time, smoothed, and the gates that ever acted", alt, plot)
     if quiet:
-        yield Text(f"Gates that never damped a step: {', '.join(quiet)}.")
+        yield Text(f"Gates that changed no step that was taken: {', '.join(quiet)}.")
     yield sections.gates_table(run)
 
 

@@ -105,7 +105,7 @@ def _flops(spent: Spent | None, *, member: str) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else f" ({100 * value:.0f} %)"
+    return "" if value is None else f" ({round(100 * value)} %)"
 
 
 def cost_table(found: Sequence[Scenario]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from ars_kit.comparison import Comparison, compare_runs
 from ars_kit.errors import ConfigError
+from ars_kit.page import Text
 from ars_kit.reach import Spent, family_points, first_at, points
 from ars_kit.records import MemberRecord, RunRecord
+from ars_kit.reporting import _damping
 from ars_kit.resolving import resolve
 from ars_kit.scenarios import scenarios
 from ars_kit.spread import Spread
@@ -247,3 +250,15 @@ def test_time_that_grows_is_not_equal() -> None:
     (time,) = [c for c in checks(run("family", *heirs)) if c.metric == "time"]
     assert time.verdict == "does not hold"
     assert "largest is 1.15 times the smallest" in time.found
+
+
+def test_a_gate_that_only_amplifies_has_acted() -> None:
+    rows = tuple(
+        {"step": i, "loss": 1.0, "gradient": 1.0, "step_size": 1.0, "skipped": False,
+         "guard": 1.0, "norm-memory": 9.0}
+        for i in range(3)
+    )  # fmt: skip
+    gates = {"guard": 1.0, "norm-memory": 9.0}
+    trained = replace(member("d1", [4.0, 3.0], gates=gates), history=rows)
+    said = [block.text for block in _damping(run("family", trained)) if isinstance(block, Text)]
+    assert said == ["Gates that changed no step that was taken: guard."]
