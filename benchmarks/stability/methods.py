@@ -338,7 +338,7 @@ def installed_methods() -> tuple[dict[str, Method], list[str]]:
         if name == DAMPED:
             found += [_ablated(host, gate, code) for gate in gates]
             clipped = _digest(host.listing("wrappers", name).offer.make, _with_clip(host))
-            found.append(Method(CLIPPED, "ars-kit", clipped, partial(_clipped, host), RUINED))
+            found.append(Method(CLIPPED, "ars-kit", clipped, partial(_clipped, host)))
             found.append(
                 Method(
                     ORACLE, "told which batches are random", code, partial(_oracle, host), RUINED
