@@ -37,8 +37,7 @@ def check_optimizer(host: Host, settings: OptimizerSettings) -> None:
     """
     import torch  # noqa: PLC0415 -- slow to import
 
-    _, base = _wrapper_and_base(host, settings)
-    host.check("optimizers", base, extra=("lr",))
+    check_names(host, settings)
     build_gates(host, settings, position=0.0)
     # Made once over a few numbers: what it refuses is said before anything is trained.
     groups = [
@@ -46,7 +45,7 @@ def check_optimizer(host: Host, settings: OptimizerSettings) -> None:
          "lr": 1e-3, "weight_decay": 0.0}
         for role, shape in (("matrix", (2, 2)), ("embedding", (2, 2)), ("vector", (2,)))
     ]  # fmt: skip
-    host.make("optimizers", base, groups, lr=1e-3)
+    make_base(host, settings, groups)
 
 
 def check_names(host: Host, settings: OptimizerSettings) -> None:
