@@ -18,7 +18,7 @@ from ars_kit.errors import PluginError
 from ars_kit.host import Host
 from ars_kit.settings import Choice
 from ars_kit_plugins.ars import ARS
-from ars_kit_plugins.gating import EntropyGuard, SurpriseGate, _looked_at
+from ars_kit_plugins.gating import EntropyGuard, NormMemory, SurpriseGate, _looked_at
 from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
 
 
@@ -177,6 +177,45 @@ def test_each_step_says_how_hard_it_was_damped_and_why() -> None:
     assert rows[63]["entropy_period"] == pytest.approx(2.0)
     assert rows[63]["entropy"] == rows[63]["step_size"] == pytest.approx(0.7)
     assert math.isnan(rows[0]["entropy_evidence"])
+
+
+def drawn_by(gate: NormMemory, gradients: list[list[float]]) -> list[list[float]]:
+    """Return the steps of two tensors of one element each under SGD at rate 1."""
+    weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+    optimizer = DampedOptimizer(torch.optim.SGD(weights, lr=1.0), {"memory": gate})
+    steps = []
+    for row in gradients:
+        for w, g in zip(weights, row, strict=True):
+            w.grad = torch.tensor(g)
+        before = [float(w.detach()) for w in weights]
+        optimizer.step(loss=torch.tensor(1.0))
+        steps.append([b - float(w.detach()) for b, w in zip(before, weights, strict=True)])
+    return steps
+
+
+def test_the_norm_memory_follows_each_norm_slowly_and_either_way() -> None:
+    steps = drawn_by(NormMemory(), [[2.0, 0.5], [200.0, -0.005], [2.0, 0.5], [2.0, 0.5]])
+    # The second step already has the remembered norm; what it taught shows in the third.
+    assert steps[0] == pytest.approx([2.0, 0.5])
+    assert steps[1] == pytest.approx([2.0, -0.5], rel=1e-5)
+    up, down = 0.98 + 0.02 * 1.05, 0.98 + 0.02 / 1.05
+    assert steps[2] == pytest.approx([2.0 * up, 0.5 * down], rel=1e-4)
+    assert steps[3] == pytest.approx(
+        [2.0 * (0.98 * up + 0.02), 0.5 * (0.98 * down + 0.02)], rel=1e-4
+    )
+
+
+def test_the_norm_memory_may_fall_as_fast_as_the_norms() -> None:
+    steps = drawn_by(NormMemory(shrink=math.inf), [[2.0, 1.0], [0.02, 0.0], [2.0, 1.0]])
+    assert steps[2] == pytest.approx([2.0 * (0.98 + 0.02 * 0.01), 0.98], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"decay": 1.0}, {"growth": 0.9}, {"shrink": 0.9}, {"shrink": math.nan}]
+)
+def test_a_norm_memory_that_makes_no_sense_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="growth and shrink be at least 1"):
+        NormMemory(**settings)
 
 
 def test_what_is_explained_keeps_its_names() -> None:

@@ -126,18 +126,24 @@ class SurpriseGate(TensorState):
 class NormMemory(TensorState):
     """Rescale each tensor's gradient g to the norm gamma it has had of late: g gamma / |g|.
 
-    gamma <- decay gamma + (1 - decay) min(|g|, growth gamma), learned only from finite norms of
-    steps that are neither skipped nor damped below 1/2. A cousin of AdaGC (2502.11034), which only
-    ever shrinks, and of Stable-SPAM (2502.17055). A gradient that was exactly zero so far (the
-    inner weights of a block born as the identity) begins its memory with its first value.
+    gamma <- decay gamma + (1 - decay) n, where n is |g| held between gamma / shrink and
+    growth gamma; learned only from finite norms of steps that are neither skipped nor damped below
+    1/2. At the defaults gamma moves by at most a thousandth a step, either way. An adaptive
+    optimizer is blind to a gradient's scale and not to its course: where gamma falls as norms do
+    early in training, the second moment, which looks back further than the first, keeps steps
+    small that should be whole.
+
+    A cousin of AdaGC (2502.11034), which only ever shrinks, and of Stable-SPAM (2502.17055). A
+    gradient that was exactly zero so far (the inner weights of a block born as the identity) begins
+    its memory with its first value.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
 
-    def __init__(self, *, decay: float = 0.98, growth: float = 1.05) -> None:
-        if not 0 <= decay < 1 or growth < 1:
-            raise ValueError("decay must lie in [0, 1) and growth must be at least 1")
-        self.decay, self.growth = decay, growth
+    def __init__(self, *, decay: float = 0.98, growth: float = 1.05, shrink: float = 1.05) -> None:
+        if not 0 <= decay < 1 or not growth >= 1 or not shrink >= 1:
+            raise ValueError("decay must lie in [0, 1), and growth and shrink be at least 1")
+        self.decay, self.growth, self.shrink = decay, growth, shrink
         self.gamma: Tensor | None = None
 
     def __call__(self, signal: StepSignal) -> Damping:
@@ -150,7 +156,7 @@ class NormMemory(TensorState):
         gamma = torch.where((gamma == 0) & learn, norms, gamma)
         usable = (norms > 0) & (gamma > 0) & ~signal.skip
         factor = torch.where(usable, gamma / norms, 1.0)
-        target = torch.minimum(norms, self.growth * gamma)
+        target = norms.clamp(gamma / self.shrink, self.growth * gamma)
         self.gamma = torch.where(learn, self.decay * gamma + (1 - self.decay) * target, gamma)
         return Damping(gradient=factor)
 
