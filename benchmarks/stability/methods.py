@@ -43,8 +43,11 @@ DAMPED = "ars"
 
 CLIPPED = "ars-with-clip"
 """The wrapper with clipping to a global norm of 1.0 where its norm memory is."""
+LEVEL = "ars-level"
+"""The wrapper with a norm memory that falls as slowly as it rises."""
 ORACLE = "oracle"
 """No method, but a bound: the wrapper, told what its surprise gate has to guess."""
+OTHER_NORMS = {CLIPPED: Choice("clip"), LEVEL: Choice("norm-memory", {"shrink": 1.05})}
 RUINED = frozenset({"clean", *(p.name for p in PROVOCATIONS.values() if p.ruins)})
 
 
@@ -268,13 +271,14 @@ def _oracle(host: Host, groups: Groups) -> Stepper:
     return Stepper(DampedOptimizer(adamw(groups), gates), told=told)
 
 
-def _clipped(host: Host, groups: Groups) -> Stepper:
-    return Stepper(DampedOptimizer(adamw(groups), _with_clip(host)))
+def _other_norms(host: Host, choice: Choice, groups: Groups) -> Stepper:
+    return Stepper(DampedOptimizer(adamw(groups), _with_norms(host, choice)))
 
 
-def _with_clip(host: Host) -> dict[str, DampingGate]:
-    clip = host.make("gates", Choice("clip"))
-    return {n: clip if n == "norm-memory" else g for n, g in _gates(host, DAMPED).items()}
+def _with_norms(host: Host, choice: Choice) -> dict[str, DampingGate]:
+    """Return the wrapper's gates with another one where its norm memory is."""
+    gate = host.make("gates", choice)
+    return {n: gate if n == "norm-memory" else g for n, g in _gates(host, DAMPED).items()}
 
 
 def _gates(host: Host, name: str) -> dict[str, DampingGate]:
@@ -337,8 +341,10 @@ def installed_methods() -> tuple[dict[str, Method], list[str]]:
         found.append(Method(name, "ars-kit", code, partial(_wrapped, host, name, None)))
         if name == DAMPED:
             found += [_ablated(host, gate, code) for gate in gates]
-            clipped = _digest(host.listing("wrappers", name).offer.make, _with_clip(host))
-            found.append(Method(CLIPPED, "ars-kit", clipped, partial(_clipped, host)))
+            for other, choice in OTHER_NORMS.items():
+                gates = _with_norms(host, choice)
+                digest = _digest(host.listing("wrappers", name).offer.make, gates)
+                found.append(Method(other, "ars-kit", digest, partial(_other_norms, host, choice)))
             found.append(
                 Method(
                     ORACLE, "told which batches are random", code, partial(_oracle, host), RUINED

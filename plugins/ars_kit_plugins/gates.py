@@ -49,13 +49,16 @@ def jitter(*, scale: float = 0.05, seed: int = 0) -> DampingGate:
     return ChronosJitter(scale=scale, seed=seed)
 
 
-def norm_memory(*, decay: float = 0.98, growth: float = 1.05, shrink: float = 1.05) -> DampingGate:
+def norm_memory(
+    *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = None
+) -> DampingGate:
     """Give each tensor's gradient the norm it has had of late.
 
     Args:
         decay: weight of the past in the remembered norm.
         growth: largest factor by which one step may exceed the memory when it is learned.
-        shrink: the same downwards; inf lets the memory fall as fast as the norms do.
+        shrink: the same downwards: 1.05 keeps the memory nearly level; none lets it fall as fast as
+            the norms do.
     """
     from ars_kit_plugins.gating import NormMemory  # noqa: PLC0415 -- torch is slow to import
 

@@ -128,20 +128,22 @@ class NormMemory(TensorState):
 
     gamma <- decay gamma + (1 - decay) n, where n is |g| held between gamma / shrink and
     growth gamma; learned only from finite norms of steps that are neither skipped nor damped below
-    1/2. At the defaults gamma moves by at most a thousandth a step, either way. An adaptive
-    optimizer is blind to a gradient's scale and not to its course: where gamma falls as norms do
-    early in training, the second moment, which looks back further than the first, keeps steps
-    small that should be whole.
-
-    A cousin of AdaGC (2502.11034), which only ever shrinks, and of Stable-SPAM (2502.17055). A
+    1/2. A cousin of AdaGC (2502.11034), which only ever shrinks, and of Stable-SPAM (2502.17055). A
     gradient that was exactly zero so far (the inner weights of a block born as the identity) begins
     its memory with its first value.
+
+    Without ``shrink`` n may be as small as it likes. An adaptive optimizer is blind to a gradient's
+    scale and not to its course: while gamma falls, as norms do early in training, the second
+    moment, which looks back further than the first, makes steps smaller. ``shrink`` 1.05 keeps the
+    course nearly level.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
 
-    def __init__(self, *, decay: float = 0.98, growth: float = 1.05, shrink: float = 1.05) -> None:
-        if not 0 <= decay < 1 or not growth >= 1 or not shrink >= 1:
+    def __init__(
+        self, *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = None
+    ) -> None:
+        if not 0 <= decay < 1 or not growth >= 1 or not (shrink is None or shrink >= 1):
             raise ValueError("decay must lie in [0, 1), and growth and shrink be at least 1")
         self.decay, self.growth, self.shrink = decay, growth, shrink
         self.gamma: Tensor | None = None
@@ -156,7 +158,9 @@ class NormMemory(TensorState):
         gamma = torch.where((gamma == 0) & learn, norms, gamma)
         usable = (norms > 0) & (gamma > 0) & ~signal.skip
         factor = torch.where(usable, gamma / norms, 1.0)
-        target = norms.clamp(gamma / self.shrink, self.growth * gamma)
+        target = torch.minimum(norms, self.growth * gamma)
+        if self.shrink is not None:
+            target = torch.maximum(target, gamma / self.shrink)
         self.gamma = torch.where(learn, self.decay * gamma + (1 - self.decay) * target, gamma)
         return Damping(gradient=factor)
 
