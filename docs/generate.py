@@ -207,6 +207,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "stability-bars": tables.bars,
     "stability-gates": stability.gates,
     "stability-named": stability.named,
+    "stability-level": stability.level,
     "stability-scores": stability.scores,
     "detector": stability.detector,
     "memory-fits": memory.fits,

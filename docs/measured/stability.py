@@ -90,6 +90,24 @@ def named(name: str) -> str:
     return table(["provocation", "ars-plan", "ars-paper", "ars"], rows)
 
 
+def level(name: str) -> str:
+    """Return what a level norm memory is worth, minus clip and minus ARS as it is."""
+    tree = read(name)
+    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    rows = []
+    for provocation in tree["provocations"]:
+        own = scores.get((provocation, "ars-level"), {})
+        cells = []
+        for other in ("clip", "ars"):
+            theirs = scores.get((provocation, other), {})
+            dead = sum(v is None for v in theirs.values())
+            cells.append(
+                figure(asdict(paired(own, theirs))) or f"{other} dead {dead}/{len(theirs)}"
+            )
+        rows.append([provocation, *cells])
+    return table(["provocation", "level, minus clip", "level, minus ARS"], rows)
+
+
 def scores(name: str) -> str:
     """Return every method's mean score under each provocation, and its difference to clip."""
     tree = read(name)
