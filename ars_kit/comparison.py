@@ -283,8 +283,7 @@ def _reached(family: Group, group: Group, run: RunRecord) -> Iterator[Reached]:
             yield Reached(group.name, run.settings.family.seed, member.name, "-", why=why)
             continue
         named = run.control is None or run.control.get("budget_flops") is None
-        largest = max(ours.finished, key=lambda m: m.metrics["parameters"])
-        against = ours.member(member.name) if named else largest
+        against = ours.member(member.name) if named else ours.largest
         yield _row(group.name, run, member, ours, against)
 
 

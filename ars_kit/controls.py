@@ -49,14 +49,13 @@ class Control:
 
     def record(self) -> dict[str, Any]:
         """Return what ``control.json`` keeps: how the steps follow from the budget."""
-        member = self.plan.members[0]
         return {
             "control": self.name,
             "budget_flops": self.budget,
             "budget": self.source,
-            "flops_per_step": None if self.budget is None else member.flops / member.steps,
+            "flops_per_step": None if self.budget is None else _per_step(self.plan.members[0]),
             "steps": sum(m.steps for m in self.plan.members),
-            "planned_flops": sum(m.flops for m in self.plan.members),
+            "planned_flops": sum(m.planned_flops for m in self.plan.members),
         }
 
 
@@ -106,15 +105,14 @@ def _plan_control(
             settings.optimizer, name=settings.optimizer.base, gates=(), without=kept
         )
         return Control(name, _timed(plan_run(replace(bare, optimizer=optimizer), host), plan))
-    large = max(plan.members, key=lambda m: m.parameters)
+    # Of equals the one at the end of the longest path: in a chain of one shape the last.
+    large = max(plan.members, key=lambda m: (m.parameters, _spent(plan, None, m.name)))
     member = large if name == "one-long-run" else min(plan.members, key=lambda m: m.parameters)
     budget = _spent(plan, metrics, None if name == "one-long-run" else large.name)
     given = "the whole family" if name == "one-long-run" else f"the path to {large.name}"
     alone = _from_nothing(_alone(bare, member))
-    if alone.train.trainable != settings.train.trainable:
-        member = plan_run(alone, host).members[0]  # all of it trains now, which costs more a step
-    per_step = member.flops / member.steps
-    steps = max(1, round(budget / per_step))
+    # Planned once to know what a step of it costs here: all of it may train now, and a base teach.
+    steps = max(1, round(budget / _per_step(plan_run(alone, host).members[0])))
     tokens = steps * settings.train.batch_size * settings.data.sequence_length
     alone = replace(alone, train=replace(alone.train, tokens=tokens))
     made = _timed(plan_run(alone, host), plan)
@@ -149,6 +147,11 @@ def _spent(plan: RunPlan, metrics: Sequence[Mapping[str, Any]] | None, member: s
         total += at.planned_flops
         at = by_name.get(at.parent or "")
     return total
+
+
+def _per_step(member: MemberPlan) -> float:
+    """Return the FLOPs of one step, a teacher's beside it included."""
+    return member.planned_flops / member.steps
 
 
 def _from_nothing(settings: Settings) -> Settings:

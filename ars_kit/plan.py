@@ -156,8 +156,10 @@ def estimate(plan: RunPlan) -> RunPlan:
         span = (last.flops / last.steps - first.flops / first.steps) or 1.0
         times = []
         for m in plan.members:
-            share = (m.planned_flops / m.steps - first.flops / first.steps) / span
-            times.append(m.steps * train.accumulation * (low + (high - low) * share))
+            share = (m.flops / m.steps - first.flops / first.steps) / span
+            step = train.accumulation * (low + (high - low) * share)
+            # A teacher beside it was not tried; its passes are as fast as the member's own.
+            times.append(m.steps * step * m.planned_flops / m.flops)
         source = f"trial steps of {first.name} and {last.name} on {device}"
     return _replaced(plan, times, source)
 

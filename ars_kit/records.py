@@ -97,6 +97,23 @@ class RunRecord:
         """Whether every member is there."""
         return len(self.finished) == len(self.members)
 
+    @property
+    def largest(self) -> MemberRecord | None:
+        """The finished member with the most parameters; None where none is finished.
+
+        Of equals it is the one whose weights cost the most: in a chain of one shape the last. What
+        was made of other members without training counts only where there is nothing else.
+        """
+        return max(
+            self.finished,
+            key=lambda m: (
+                m.metrics["steps"] > 0,
+                m.metrics["parameters"],
+                m.metrics["lineage_flops"],
+            ),
+            default=None,
+        )
+
     def member(self, name: str) -> MemberRecord | None:
         """Return a member by its name."""
         return next((m for m in self.members if m.name == name), None)

@@ -142,7 +142,7 @@ def _heldout_lines(run: RunRecord, comparison: Comparison) -> list[charts.Line]:
     ]
     for at, group in enumerate(comparison.groups[1:]):
         control = group.runs[0]
-        largest = max(control.members, key=lambda m: m.metrics.get("parameters", 0))
+        largest = control.largest or control.members[0]
         chain = any(m.parent for m in control.members)
         ps = points(control, largest.name, ancestors=True) if chain else []
         alone = [] if chain else [points(control, m.name, ancestors=False) for m in control.members]

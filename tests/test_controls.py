@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.kinship import lineage_facts
 from ars_kit.outcome import frozen_settings, status
-from ars_kit.plan import RunPlan, plan_run
+from ars_kit.plan import RunPlan, estimate, plan_run
 from ars_kit.records import RunRecord, read_run
+from ars_kit.reporting import build
 from ars_kit.resolving import resolve
 from ars_kit.rules import Aim, Rule
 from ars_kit.runs import execute, train_control
@@ -313,3 +315,59 @@ def test_the_comparison_is_complete_and_json_ready(controlled: Path) -> None:
     json.dumps(found.facts(), allow_nan=False)
     (first,) = [r for r in found.reached if (r.group, r.member) == ("scratch", "d2")]
     assert first.saved() == 0  # it is the very same model
+
+
+def test_in_a_chain_of_one_shape_the_last_is_the_largest(
+    controlled: Path, host: Host, cache: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """The path to it is the whole chain, so the control of one member gets all that was spent."""
+    plan = plan_of(
+        host, family__base=str(controlled / "d2"), family__members="d1..d3",
+        train__iterations="3,2", train__batch_size=4, data__sequence_length=32,
+        data__source=str(text_folder), data__heldout_tokens=512, run__controls="no-growth,no-ars",
+    )  # fmt: skip
+    plan = with_curve(plan)
+    metrics, _ = execute(plan, host, tmp_path, cache, watcher=Quiet())
+    controls = plan_controls(plan, host, metrics)
+    alone = controls[0]
+    assert alone.budget == metrics[-1]["lineage_flops"] == sum(m["total_flops"] for m in metrics)
+    assert [(m.name, m.steps) for m in alone.plan.members] == [("d1", 3 + 2 + 2)]
+    for control in controls:
+        train_control(control, host, tmp_path, cache, watcher=Quiet(), stop=Stop())
+    (row,) = [r for r in compare([tmp_path]).reached if r.group == "no-growth"]
+    assert (row.member, row.against) == ("d1", "d3")
+    # And the plot follows the control's own chain to its end.
+    told = build(read_run(tmp_path)).sections[2].blocks[0].alt  # type: ignore[union-attr]
+    ends = dict(re.findall(r"(\S+) ends at (\S+?)[;.]\s", told + " "))
+    last = read_run(tmp_path / "controls" / "no-ars").member("d3")
+    assert last is not None
+    assert last.last_heldout is not None
+    assert ends["no-ars"] == f"{last.last_heldout:.3f}"
+
+
+def test_a_control_that_a_base_teaches_pays_for_its_teacher(controlled: Path, host: Host) -> None:
+    plan = plan_of(
+        host, family__base=str(controlled / "d2"), family__members="d1..d3",
+        family__strategy="distill", data__sequence_length=32, run__controls="one-long-run",
+    )  # fmt: skip
+    (control,) = plan_controls(plan, host)
+    (member,) = control.plan.members
+    assert member.teacher_flops > 0
+    assert control.record()["flops_per_step"] == member.planned_flops / member.steps
+    assert member.planned_flops == pytest.approx(
+        control.budget, abs=member.planned_flops / member.steps / 2
+    )
+
+
+def test_a_member_that_is_taught_is_estimated_by_its_own_trial(
+    controlled: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of members of one shape two trials differ by noise alone, which nothing may multiply."""
+    times = iter((1.0, 0.5))
+    monkeypatch.setattr("ars_kit.plan.probe_training", lambda *_, **__: next(times))
+    plan = plan_of(
+        host, family__base=str(controlled / "d2"), family__members="d1,d2",
+        family__strategy="distill", data__sequence_length=32,
+    )  # fmt: skip
+    for member in estimate(plan).members:
+        assert member.seconds == pytest.approx(member.steps * member.planned_flops / member.flops)

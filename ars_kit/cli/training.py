@@ -179,7 +179,7 @@ def _print_plan(
             f"{m.parameters:,}",
             f"{m.steps:,}",
             f"{m.tokens:,}",
-            f"{m.flops:.2e}",
+            f"{m.planned_flops:.2e}",
             duration(m.seconds),
         ]
         for m in plan.members
