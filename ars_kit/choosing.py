@@ -14,15 +14,13 @@ from ars_kit.durable import sha256
 from ars_kit.errors import ConfigError
 from ars_kit.outcome import kept_judgements, read_documents, read_metrics, text_hashes
 from ars_kit.resampling import CONFIDENCE, difference_interval
-from ars_kit.rules import DEFAULT_METRIC, Rule
+from ars_kit.rules import DEFAULT_METRIC, PAIRED, Rule, unalike
 from ars_kit.schema import did_you_mean
 from ars_kit.store import BEST, RunFolder
 
 FEWEST = 6
 """Documents from which on a lead can be more than chance: of five that all favour one model a sign
 test still says 1 in 16 (Dixon & Mood 1946), while the interval of any that agree excludes zero."""
-PAIRED = frozenset({"bits_per_byte", "heldout_loss", "perplexity"})
-"""Figures that are kept document by document."""
 
 
 def usual_metric(family: Iterable[Mapping[str, Any]]) -> str:
@@ -63,7 +61,8 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         ``member``, ``metric`` (``score`` of several), ``value``, ``rule``, ``left_out`` (why, by
         member), ``runner_up``, ``margin`` (None without one), ``interval`` of the difference in
         bits per byte and its ``confidence``, ``documents`` it was drawn from,
-        ``distinguishable`` (None where nothing is kept document by document), and ``words``.
+        ``distinguishable`` (None where nothing is kept document by document), ``unalike`` (where
+        what decides was not measured alike, and how), and ``words``.
 
     Raises:
         ConfigError: no member has such a figure, or none meets the limits.
@@ -76,6 +75,8 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ConfigError(f"no member is left to choose from. {reasons}")
     (best, value), *others = rule.ranked(candidates)
+    pairs = [(str(m["model_id"]), m) for m in candidates]
+    mixed = [told for aim in rule.aims if (told := unalike(pairs, aim.figure))]
     record: dict[str, Any] = {
         "member": best["model_id"],
         "metric": rule.metric,
@@ -88,12 +89,13 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         "confidence": CONFIDENCE,
         "documents": 0,
         "distinguishable": None,
+        "unalike": "; ".join(mixed) or None,
     }
     if others:
         runner_up, next_value = others[0]
         record["runner_up"] = runner_up["model_id"]
         record["margin"] = abs(next_value - value)
-        if rule.metric in PAIRED:
+        if rule.metric in PAIRED and not mixed:
             record |= _paired(folder, str(best["model_id"]), str(runner_up["model_id"]))
     return {**record, "words": _words(record)}
 
@@ -113,6 +115,7 @@ def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
     metrics = read_metrics(folder, name)
     text = text_hashes(folder.path).get("data", metrics["data_hash"])
     later: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     checkpoint = sha256(folder.path / name / "manifest.json")
     for file in sorted(kept_judgements(cache, checkpoint).glob("*.json"), key=_age):
         try:
@@ -120,9 +123,10 @@ def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
             identity = tree["identity"]
             if identity["data"] == text and identity["heldout_fraction"] < 1:
                 later |= tree["figures"]
+                notes |= tree.get("notes", {})
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of another version: as if it had never been measured
-    return {**later, **metrics}
+    return {**later, **metrics, "notes": {**notes, **metrics.get("notes", {})}}
 
 
 def _age(file: Path) -> float:
@@ -196,6 +200,8 @@ def _words(record: Mapping[str, Any]) -> str:
     if other is None:
         return f"{head} There is no other to choose from."
     margin = f"{other} comes next, {record['margin']:,.4g} away"
+    if record["unalike"]:
+        return f"{head} {margin}; {record['unalike']}."
     if record["interval"] is None:
         why = "is not kept by document" if metric not in PAIRED else "has too few documents"
         return f"{head} {margin}; {metric} {why}, so chance cannot be told from merit."

@@ -15,6 +15,7 @@ from typing import Any
 from ars_kit.errors import ConfigError
 from ars_kit.reach import Spent, first_at, path_to, points
 from ars_kit.records import MemberRecord, RunRecord, read_run
+from ars_kit.rules import unalike
 from ars_kit.schema import did_you_mean
 from ars_kit.settings import differences
 from ars_kit.spread import Spread
@@ -197,6 +198,7 @@ def compare_runs(runs: Sequence[RunRecord]) -> Comparison:
             name = control.label if known else f"{control.label} of {run.label}"
             groups.setdefault(name, []).append(control)
     notes += [f"{run.label}: {p}" for run in _all(runs) for p in run.problems]
+    notes += _judged_otherwise(first, runs)
     notes += [f"{run.label} is not finished" for run in _all(runs) if not run.is_complete]
     made = tuple(Group(name, tuple(found)) for name, found in groups.items())
     one_seed = [g.name for g in made if len(g.runs) == 1]
@@ -207,6 +209,18 @@ def compare_runs(runs: Sequence[RunRecord]) -> Comparison:
         )
     reached = [r for group in made[1:] for run in group.runs for r in _reached(made[0], group, run)]
     return Comparison(made, tuple(reached), tuple(dict.fromkeys(notes)))
+
+
+def _judged_otherwise(first: RunRecord, runs: Sequence[RunRecord]) -> list[str]:
+    """Return how members were judged, where the same tokens were judged in different ways."""
+
+    def tokens(run: RunRecord) -> tuple[Any, int]:
+        return run.data.get("tokenizer"), run.settings.data.sequence_length
+
+    same = [run for run in _all(runs) if tokens(run) == tokens(first)]
+    judged = [(f"{run.label}/{m.name}", m.metrics) for run in same for m in run.finished]
+    told = unalike(judged, "heldout_loss")
+    return [told] if told else []
 
 
 def _all(runs: Sequence[RunRecord]) -> Iterator[RunRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,15 @@ _BETTER_HIGH = re.compile(
 _NUMBER = r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _LIMIT = re.compile(rf"\s*(\w[\w.-]*)\s*(<=|>=)\s*({_NUMBER})\s*")
 _WEIGHTED = re.compile(rf"\s*(\w[\w.-]*)\s*:\s*({_NUMBER})\s*")
+
+PAIRED = frozenset({"bits_per_byte", "heldout_loss", "perplexity"})
+"""Figures that are kept document by document."""
+_NOTED = (
+    ("perplexity", re.compile("|".join(PAIRED))),
+    ("bleu", re.compile("bleu|chrf")),
+    ("speed", re.compile("(prefill|decode)_tokens_per_second.*|time_to_first_token.*")),
+)
+"""The note that says how a figure was measured."""
 
 Prefer = Literal["lowest", "highest"]
 
@@ -141,6 +150,28 @@ def _ratios(aim: Aim, family: Sequence[Mapping[str, Any]]) -> list[float]:
     best = max(values) if aim.end == "highest" else min(values)
     pairs = [(v, best) if aim.end == "highest" else (best, v) for v in values]
     return [1.0 if low == high else low / high for low, high in pairs]
+
+
+def unalike(members: Iterable[tuple[str, Mapping[str, Any]]], figure: str) -> str | None:
+    """Say how a figure was measured where that was not the same for all; None where it was.
+
+    A run may go on under other evaluators, and what was judged since may have been judged
+    otherwise; such figures say nothing about each other.
+
+    Args:
+        members: names and figures, with their ``notes``.
+        figure: its name in ``metrics.json``.
+    """
+    key = next((name for name, figures in _NOTED if figures.fullmatch(figure)), None)
+    ways: dict[str, list[str]] = {}
+    for name, metrics in members:
+        how = (metrics.get("notes") or {}).get(key)
+        if how is not None and metrics.get(figure) is not None:
+            ways.setdefault(how, []).append(name)
+    if len(ways) < 2:
+        return None
+    told = "; ".join(f"{', '.join(names)}: {how}" for how, names in ways.items())
+    return f"{figure} was not measured alike, so it does not compare ({told})"
 
 
 def parse_aims(text: str, prefer: Prefer | None = None) -> tuple[Aim, ...]:

@@ -103,6 +103,8 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
             return metrics, None
         chosen = choose(folder, metrics, Rule((Aim(usual_metric(metrics)),)))
         if accelerator.is_main_process:
+            if chosen["unalike"]:
+                watcher.aside(f"{chosen['member']} is no certain best: {chosen['unalike']}")
             if folder.members() != before or not (out / BEST).exists():
                 record_best(folder, chosen)  # else a choice that was made since stays
             write_report(out)

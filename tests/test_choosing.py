@@ -285,6 +285,31 @@ def test_later_figures_count_that_were_measured_on_what_is_held_out_of_the_runs_
     assert {*found["left_out"]} == {"d2", "d3", "d4", "d6"}
 
 
+def test_figures_that_were_not_measured_alike_prove_nothing(
+    family: RunFolder, tmp_path: Path
+) -> None:
+    """A run that went on under another evaluator, and judgements made since in two ways."""
+    whole, strides = "512 tokens, windows of 32", "512 tokens, context 32, stride 8"
+    commit(family, "d5", 1.3, notes={"perplexity": whole})
+    assert chosen(family, Rule())["unalike"] is None  # of the others nothing is known
+    commit(family, "d6", 1.1, notes={"perplexity": strides})
+    found = chosen(family, Rule())
+    assert found["unalike"] == (
+        f"bits_per_byte was not measured alike, so it does not compare (d5: {whole}; d6: {strides})"
+    )
+    assert (found["interval"], found["distinguishable"]) == (None, None)
+    assert found["words"].endswith(f"d5 comes next, 0.2 away; {found['unalike']}.")
+    for name, length in (("d5", 32), ("d6", 64)):
+        file = keep(family, name, tmp_path, "text", chrf=length / 10)
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "notes": {"bleu": f"{length} tokens"}})
+        )
+    mixed = chosen(family, Rule((Aim("chrf"),)), tmp_path)
+    assert "(d5: 32 tokens; d6: 64 tokens)" in mixed["words"]
+    small = Rule((Aim("chrf"),), (Limit("bits_per_byte", most=True, bound=1.2),))
+    assert chosen(family, small, tmp_path)["unalike"] is None  # one alone is compared with nobody
+
+
 def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:
     with pytest.raises(ConfigError, match=r"named 'blue' \(did you mean 'bleu'\?\)\. There are: b"):
         chosen(family, Rule((Aim("blue"),)))

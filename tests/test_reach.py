@@ -213,6 +213,20 @@ def test_other_text_is_refused_and_another_tokenizer_said() -> None:
     assert {row.why for row in found.reached} == {"another tokenizer"}
 
 
+def test_what_was_judged_in_different_ways_is_said() -> None:
+    whole, strides = {"perplexity": "windows of 32"}, {"perplexity": "stride 8"}
+    one = run("one", member("d1", [4.0, 3.0], notes=whole))
+    two = run("two", member("d1", [4.0, 2.9], notes=strides), **{"family.seed": 1})
+    told = [note for note in compare_runs([one, two]).notes if "alike" in note]
+    assert told == [
+        (
+            "heldout_loss was not measured alike, so it does not compare (one/d1: windows of 32; "
+            "two/d1: stride 8)"
+        )
+    ]
+    assert not [note for note in compare_runs([one]).notes if "alike" in note]
+
+
 def test_the_plans_scenarios_stand_beside_what_was_measured() -> None:
     scratch = run("scratch", *CHAIN, **{"family.strategy": "scratch"})
     found = {s.name: s for s in scenarios(family_with(scratch))}
