@@ -18,7 +18,15 @@ from ars_kit.errors import ConfigError
 from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.roster import SUFFIX, parse_roster, read_roster
 from ars_kit.schema import coerce, did_you_mean
-from ars_kit.settings import CONTROLS, SECTIONS, FamilySettings, Origin, Settings, keys
+from ars_kit.settings import (
+    CONTROLS,
+    SECTIONS,
+    FamilySettings,
+    Origin,
+    Settings,
+    keys,
+    spelled,
+)
 
 # What fine-tuning a pretrained base wants otherwise than training a small one from nothing.
 PRETRAINED: Mapping[str, Any] = {
@@ -45,6 +53,7 @@ POSITIVE = frozenset(
     }
 )
 NOT_NEGATIVE = frozenset({"train.warmup_steps", "train.weight_decay", "run.price_per_hour"})
+FINITE = frozenset({"optimizer.entropy_threshold", "optimizer.surprise_damping"})
 
 
 def resolve(
@@ -139,6 +148,7 @@ def _require_known(key: str, known: Iterable[str], where: str) -> None:
 def _check(settings: Settings) -> None:
     """Refuse values that no run can have, before anything is looked at."""
     parse_roster(settings.family.members)
+    _check_texts(settings.flat())
     _check_values(settings.flat())
     _check_family(settings.family)
     parse_trainable(settings.train.trainable)
@@ -161,16 +171,21 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"damping gate {name!r} is added twice; a run has one of a name")
 
 
-def _check_values(values: Mapping[str, Any]) -> None:
+def _check_texts(values: Mapping[str, Any]) -> None:
     for key in ("data.source", "family.base"):
         if values[key] is not None and not values[key].strip():
             raise ConfigError(f"{key} is empty; name something, or leave it out")
         if values[key] is not None and re.search("[\ud800-\udfff]", values[key]):
             raise ConfigError(f"{key} is not UTF-8, so no settings file can hold it; rename it")
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         least = min(value) if key == "train.iterations" else value
         if key in POSITIVE and least is not None and not 0 < least < math.inf:  # no NaN either
             raise ConfigError(f"{key} must be greater than 0, not {least}")
+        if key in FINITE and not all(map(math.isfinite, value)):
+            raise ConfigError(f"{key} must be two finite numbers, not {spelled(value)}")
         if key in NOT_NEGATIVE and not 0 <= value < math.inf:
             raise ConfigError(f"{key} must be 0 or more, not {value}")
     if values["data.sequence_length"] < 2:

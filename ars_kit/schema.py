@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -224,6 +225,11 @@ def _coerce_int(value: Any) -> int:
         raise TypeError
     if isinstance(value, int):
         return value
+    if isinstance(value, str):
+        try:
+            return int(value)  # to the last digit, which a float has not beyond 2^53
+        except ValueError:
+            pass
     number = float(str(value).replace("_", ""))  # 1e6 is a natural way to write a token count
     if not number.is_integer():
         raise ValueError
@@ -233,7 +239,10 @@ def _coerce_int(value: Any) -> int:
 def _coerce_float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    return float(value)
+    number = float(value)
+    if math.isnan(number):  # every comparison with it is false, so no check of a range holds it up
+        raise ValueError
+    return number
 
 
 def _text(value: Any) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ars_kit.choosing import select, usual_metric
+from ars_kit.cli import cli
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.outcome import kept_judgements
@@ -350,3 +352,12 @@ def test_one_member_has_no_runner_up(tmp_path: Path) -> None:
 def test_without_a_byte_the_loss_decides() -> None:
     assert usual_metric([{"bits_per_byte": None}, {"bits_per_byte": 1.0}]) == "bits_per_byte"
     assert usual_metric([{"bits_per_byte": None, "heldout_loss": 2.0}]) == "heldout_loss"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("option", ["--max-params", "--min-tokens-per-second"])
+def test_a_bound_that_is_no_number_is_refused(family: RunFolder, option: str, number: str) -> None:
+    """NaN would leave every member out, or none, and infinity is no bound."""
+    done = CliRunner().invoke(cli, ["select", option, number, "--out", str(family.path)])
+    assert done.exit_code == 2
+    assert option in done.output

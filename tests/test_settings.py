@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ def test_choice_refuses(text: str) -> None:
         ("100,50", tuple[int, int], (100, 50)),
         ("b", Literal["a", "b"], "b"),
         (2, float, 2.0),
+        ("9007199254740993", int, 2**53 + 1),  # a float would make it one less
     ],
 )
 def test_coerce(value: object, annotation: object, expected: object) -> None:
@@ -46,6 +48,8 @@ def test_coerce(value: object, annotation: object, expected: object) -> None:
     [
         ("1.5", int),
         ("x", float),
+        ("nan", float),
+        (math.nan, float),
         ("maybe", bool),
         ("1", tuple[int, int]),
         (True, int),
@@ -118,7 +122,7 @@ def test_a_base_changes_the_defaults() -> None:
     ("flags", "message"),
     [
         ({"train.lr": "-1"}, "greater than 0"),
-        ({"train.lr": "nan"}, "greater than 0"),
+        ({"train.lr": "nan"}, "command line: train.lr must be a number, not 'nan'"),
         ({"train.batch_size": "5", "train.accumulation": "2"}, "equal micro-batches"),
         ({"train.batchsize": "5"}, "did you mean 'train.batch_size'"),
         ({"family.members": "d3..d1"}, "run downwards"),
@@ -129,7 +133,9 @@ def test_a_base_changes_the_defaults() -> None:
         ({"data.heldout_fraction": "1"}, "must lie in"),
         ({"train.lr": "inf"}, "greater than 0"),
         ({"run.price_per_hour": "-1"}, "run.price_per_hour must be 0 or more"),
-        ({"run.price_per_hour": "nan"}, "run.price_per_hour must be 0 or more"),
+        ({"run.price_per_hour": "nan"}, "run.price_per_hour must be a number"),
+        ({"optimizer.entropy_threshold": "nan,0.4"}, "must be 2 values with a comma between"),
+        ({"optimizer.surprise_damping": "0.1,inf"}, "must be two finite numbers, not 0.1,inf"),
         ({"train.warmup_steps": "-5"}, "train.warmup_steps must be 0 or more"),
         ({"train.weight_decay": "-1"}, "train.weight_decay must be 0 or more"),
         ({"data.heldout_tokens": "0"}, "data.heldout_tokens must be greater than 0"),

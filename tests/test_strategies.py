@@ -70,7 +70,14 @@ def test_settings_reach_the_seed(parent: Any) -> None:
     assert (seed.opt_state, seed.rewarm_steps) == ("reset", 3)
 
 
-@pytest.mark.parametrize("text", ["progressive:rewarm_steps=-1", "progressive:opt_state=keep"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "progressive:rewarm_steps=-1", "progressive:opt_state=keep", "progressive:new_lr=inf",
+        "progressive:new_lr=nan", "distill:weight=inf", "distill:temperature=inf", "ewc:gamma=nan",
+        "ewc:strength=inf",
+    ],
+)  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         strategy(text)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ars_kit.cli.options import (
+    Amount,
     cache_folder,
     echo_json,
     figure,
@@ -156,8 +157,8 @@ def _print_figures(found: list[dict[str, Any]]) -> None:
     type=click.Choice(["lowest", "highest"]),
     help="Which end of it wins, where that is not known.",
 )
-@click.option("--max-params", type=float, help="Parameters at most.")
-@click.option("--min-tokens-per-second", type=float, help="Tokens decoded per second at least.")
+@click.option("--max-params", type=Amount(), help="Parameters at most.")
+@click.option("--min-tokens-per-second", type=Amount(), help="Tokens decoded per second at least.")
 @click.option(
     "--require",
     multiple=True,

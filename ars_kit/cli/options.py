@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -182,6 +183,22 @@ def run_options(command: F) -> F:
     return click.option(
         "--config", "file", type=click.Path(path_type=Path), help="Settings file (run.toml)."
     )(command)
+
+
+class Amount(click.FloatRange):
+    """A number of 0 or more, or above 0; click's own ranges let NaN and infinity through."""
+
+    def __init__(self, *, above: bool = False) -> None:
+        super().__init__(min=0, min_open=above)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 out_option = click.option(

@@ -10,6 +10,7 @@ import click
 
 from ars_kit.cli.members import expand, names_in_run
 from ars_kit.cli.options import (
+    Amount,
     cache_folder,
     clearing_up,
     echo_json,
@@ -119,7 +120,7 @@ def export(
 @click.option(
     "--deadline",
     "seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Amount(above=True),
     default=600.0,
     show_default=True,
     help="Seconds a request may take.",

@@ -18,6 +18,7 @@ r"""Holding on to what a parent learned: a penalty on how far inherited weights 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -186,8 +187,10 @@ class Ewc(Heir):
         rewarm_steps: int = 10,
     ) -> None:
         super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
-        if strength < 0 or gamma < 0:
-            raise ValueError(f"strength and gamma must not be negative, not {strength}, {gamma}")
+        if not (0 <= strength < math.inf and 0 <= gamma < math.inf):
+            raise ValueError(
+                f"strength and gamma must be 0 or more, and finite, not {strength}, {gamma}"
+            )
         if not 0 < energy <= 1:
             raise ValueError(f"energy must lie in (0, 1], not {energy}")
         if sequences < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -41,10 +42,9 @@ def taught_loss(weight: float, temperature: float) -> TaughtLoss:
     Raises:
         ValueError: they make none.
     """
-    if not weight > 0:
-        raise ValueError(f"weight must be greater than 0, not {weight}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, not {temperature}")
+    for name, value in (("weight", weight), ("temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be greater than 0 and finite, not {value}")
     return TaughtLoss(weight, temperature)
 
 

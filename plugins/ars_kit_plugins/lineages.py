@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -88,8 +89,8 @@ class Progressive(Heir):
         new_decay_from: int = 0,
     ) -> None:
         super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
-        if not new_lr > 0:
-            raise ValueError(f"new_lr must be greater than 0, not {new_lr}")
+        if not 0 < new_lr < math.inf:
+            raise ValueError(f"new_lr must be greater than 0 and finite, not {new_lr}")
         if new_decay_from < 0:
             raise ValueError(f"new_decay_from must not be negative, not {new_decay_from}")
         self.new = Hint(lr=new_lr, decay_from=new_decay_from)
