@@ -107,10 +107,11 @@ class Display:
 
     def went_back(self, member: str, event: Mapping[str, Any]) -> None:
         """Hear that steps were undone, and why."""
+        median = _figure(event["median"], "{:.3f}")
         self._say(
-            f"{member}: unstable since step {event['since']} or later (median loss "
-            f"{event['median']:.3f}, best {event['best']:.3f}); back to step {event['back_to']}, "
-            f"past {event['batches']} batches"
+            f"{member}: unstable since step {event['since']} or later (median loss {median}, "
+            f"best {event['best']:.3f}); back to step {event['back_to']}, past "
+            f"{event['batches']} batches"
         )
 
     def judged(self, member: str, point: Mapping[str, Any]) -> None:
@@ -139,6 +140,12 @@ class Display:
             f"{metrics['cost']:.4f}",
         ]
         self._update()
+        steps, skipped = metrics["steps"], metrics["skipped_steps"]
+        if 2 * skipped > steps:
+            trained = "hardly" if skipped < steps else "not"
+            self._say(
+                f"{name}: {skipped} of its {steps} steps were skipped, so it is {trained} trained"
+            )
         if self._live is None:
             self._say(f"{name}: done, held-out loss {row[4]} nats per token; {self._family()}")
 

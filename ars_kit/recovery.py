@@ -6,6 +6,7 @@ run that was interrupted goes back to the same state and passes over the same ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,7 +84,8 @@ class Recovery:
             The event.
         """
         batches = found.noticed + 1 - step
-        event = {**asdict(found), "back_to": step, "batches": batches}
+        middle = found.median if math.isfinite(found.median) else None  # JSON has no infinity
+        event = {**asdict(found), "median": middle, "back_to": step, "batches": batches}
         self.passed_over += batches
         self.events.append(event)
         self.anchor, self.candidate = step, None

@@ -102,3 +102,23 @@ def test_colours_are_left_out_where_they_are_not_wanted() -> None:
         console = screen(80, _environ={"TERM": "xterm-256color", **environ})
         console.print(made, style="red")
         assert ("\x1b[31m" in console.file.getvalue()) == coloured  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "told"),
+    [
+        (0, ""),
+        (6, ""),
+        (7, "d10: 7 of its 12 steps were skipped, so it is hardly trained\n"),
+        (12, "d10: 12 of its 12 steps were skipped, so it is not trained\n"),
+    ],
+)
+def test_a_member_of_skipped_steps_is_not_finished_without_a_word(skipped: int, told: str) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    metrics = {
+        "model_id": "d10", "parent_model": None, "training_time": 1.0, "steps": 12, "final_loss": None, "cost": 0.0,
+        "ars_damping_avg": None, "tokens_per_second": 1.0, "skipped_steps": skipped,
+    }  # fmt: skip
+    Display(family(2), console).finished(metrics)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith(told + "d10: done")

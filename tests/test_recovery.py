@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,10 +19,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import Cli
+from rich.console import Console
 from test_ranks import FSDP
 
 from ars_kit import durable, states
 from ars_kit.damping import DampedOptimizer
+from ars_kit.display import Display
 from ars_kit.errors import DivergedError, Preempted
 from ars_kit.history import read_history
 from ars_kit.instability import Instability, Watch
@@ -244,6 +247,19 @@ def test_the_run_goes_back_and_leaves_the_batches_out(undisturbed: tuple[Trainee
     # What was undone has cost its tokens all the same.
     assert job.meter.tokens > STEPS * BATCH * LENGTH
     assert job.optimizer.summary()["steps"] == STEPS
+
+
+def test_where_most_losses_are_not_finite_the_event_is_json_all_the_same() -> None:
+    recovery = Recovery.of(settings().train)
+    recovery.look(rows(noisy(3, 100) + [math.nan] * 200))
+    assert recovery.found is not None
+    event = recovery.undo(recovery.found, 48)
+    assert event["median"] is None
+    json.dumps(recovery.events, allow_nan=False)
+    console = Console(file=io.StringIO(), width=200)
+    plan: Any = SimpleNamespace(members=[])
+    Display(plan, console).went_back("d1", event)
+    assert "(median loss -, best 2." in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_run_that_looks_on_is_left_to_itself(tmp_path: Path) -> None:
