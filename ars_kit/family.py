@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ars_kit.inherit import load_named_state
 from ars_kit.judge import PERPLEXITY, judge, write_files
 from ars_kit.ledger import counting
 from ars_kit.lora import parse_trainable
+from ars_kit.members import MemberPlan, placed
 from ars_kit.models import (
     build,
     flops_per_token,
@@ -51,7 +53,6 @@ from ars_kit.watching import FamilyWatcher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ars_kit.members import MemberPlan
     from ars_kit.plan import RunPlan
 
 
@@ -115,6 +116,8 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     settings, accelerator = family.plan.settings, family.accelerator
     seed_everything(member_seed(settings.family.seed, member.name))
     cradle = family.cradle
+    known = partial(read_metrics, family.folder)
+    member = placed(member, family.plan.members, settings.train.batch_size, known)
     born = delivered(cradle, member, accelerator)
     model, seed, recipe = born.model, born.seed, family.plan.recipe
     member, adapters = _adapted(family, member, born, cradle.who)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ars_kit.adapters import Share, foreseen_share, require_peft, wider
@@ -29,7 +29,7 @@ class MemberPlan:
     """One member before it is born.
 
     Attributes:
-        start: sequences of its text that its lineage has read before it.
+        start: sequences of its text that its lineage will have read before it; see :func:`placed`.
         data: the text it trains on, as it was written.
         before: the other texts that its lineage was trained on, and how many sequences of each.
         position: 0 for the family's first member, 1 for its last.
@@ -174,6 +174,39 @@ def _read(parent: MemberPlan, phase: Phase, batch_size: int) -> dict[str, int]:
     """Return how many sequences of each text an heir's lineage has read when it is born."""
     taken = parent.branch if phase == "stable" and parent.branch else parent.steps
     return {parent.data: parent.start + taken * batch_size, **dict(parent.before)}
+
+
+def placed(
+    member: MemberPlan,
+    family: Sequence[MemberPlan],
+    batch_size: int,
+    known: Callable[[str], Mapping[str, Any]],
+) -> MemberPlan:
+    """Return a member that goes on reading where its lineage really stopped.
+
+    No plan can know that: a member that went back has passed over batches, which no heir is to read
+    after all, and one that read old texts again has read so much less of its own.
+
+    Args:
+        member: as it was planned.
+        family: all members, as they were planned.
+        batch_size: sequences of a step.
+        known: returns a committed member's metrics.
+    """
+    parent = next((m for m in family if m.name == member.parent and m is not member), None)
+    if parent is None:
+        return member
+    parent, metrics = placed(parent, family, batch_size, known), known(parent.name)
+    branch = parent.branch if member.phase == "stable" else None
+    passed_over = sum(
+        event["batches"]
+        for event in metrics["rollbacks"]
+        if branch is None or event["back_to"] < branch  # else it left the branch as it was
+    )
+    sequences = ((parent.steps if branch is None else branch) + passed_over) * batch_size
+    sequences -= int(sequences * metrics["birth"].get("replay", 0.0))
+    read = {parent.data: parent.start + sequences, **dict(parent.before)}
+    return replace(member, start=read.pop(member.data, 0), before=tuple(read.items()))
 
 
 def _steps(settings: Settings, member: Member, *, heir: bool) -> int:

@@ -116,8 +116,9 @@ def test_colours_are_left_out_where_they_are_not_wanted() -> None:
 def test_a_member_of_skipped_steps_is_not_finished_without_a_word(skipped: int, told: str) -> None:
     console = Console(file=io.StringIO(), width=80)
     metrics = {
-        "model_id": "d10", "parent_model": None, "training_time": 1.0, "steps": 12, "final_loss": None, "cost": 0.0,
-        "ars_damping_avg": None, "tokens_per_second": 1.0, "skipped_steps": skipped,
+        "model_id": "d10", "parent_model": None, "training_time": 1.0, "steps": 12,
+        "final_loss": None, "cost": 0.0, "ars_damping_avg": None, "tokens_per_second": 1.0,
+        "skipped_steps": skipped,
     }  # fmt: skip
     Display(family(2), console).finished(metrics)
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import Quiet
 from safetensors.torch import load_file
 
 from ars_kit.births import _windows
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError, ConfigError
 from ars_kit.host import Host
+from ars_kit.members import placed
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
-from ars_kit.runs import open_texts
+from ars_kit.runs import execute, open_texts
 from ars_kit.states import States
 from ars_kit.tokens import Batches, Replayed
 
@@ -78,6 +80,12 @@ def test_processes_and_micro_batches_share_a_mixed_step() -> None:
 
 # --- The plan ----------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def host() -> Host:
+    return Host.installed()
+
+
 LINE = (
     "a:num_hidden_layers=1,hidden_size=8; b:num_hidden_layers=2,hidden_size=8,data=other; "
     "c:num_hidden_layers=2,hidden_size=8"
@@ -99,6 +107,31 @@ def test_a_text_is_gone_on_with_where_the_lineage_stopped_in_it() -> None:
     a, b, _ = plan_run(trunk, Host.installed()).members
     assert a.branch is not None
     assert b.before == (("main", a.branch * 4),)
+
+
+def test_an_heir_goes_on_behind_what_was_really_read(host: Host) -> None:
+    """Batches that were passed over are behind it too; what was read again took no new text."""
+    flags = {"family.members": LINE, "data.source": "main", "family.strategy": "trunk", **SIZES}
+    family = plan_run(resolve(flags, {}), host).members
+    assert (family[0].branch, family[1].branch) == (5, 3)
+    known: dict[str, Any] = {
+        # The second time it was already cooling: the trunk knows nothing of it.
+        "a": {
+            "rollbacks": [{"batches": 7, "back_to": 4}, {"batches": 9, "back_to": 5}],
+            "birth": {},
+        },
+        "b": {"rollbacks": [], "birth": {"replay": 0.3}},
+    }
+    found = [placed(m, family, 4, known.__getitem__) for m in family]
+    assert [(m.start, m.before) for m in found] == [
+        (0, ()),
+        (0, (("main", (5 + 7) * 4),)),
+        ((5 + 7) * 4, (("other", 3 * 4 - 3),)),  # 3 of 12 were read again
+    ]
+    chain = plan_run(resolve({**flags, "family.strategy": "replay"}, {}), host).members
+    found = [placed(m, chain, 4, known.__getitem__) for m in chain]
+    assert found[1].before == (("main", (6 + 7 + 9) * 4),)
+    assert found[0] is chain[0]
 
 
 def test_what_is_measured_at_birth_is_measured_on_what_the_parent_read() -> None:
@@ -218,6 +251,35 @@ def test_replay_keeps_what_a_shift_would_lose(runs: Any) -> None:
     assert [m["birth"].get("replay", 0.0) for m in again.values()] == [0.0, 0.5]
     assert plain["second"]["birth"]["replay"] == 0.0
     assert again["second"]["flops"] == plain["second"]["flops"]
+
+
+def test_an_heir_reads_what_its_parent_left_to_a_replay(
+    host: Host,
+    text_folder: Path,
+    other: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three members the last reads on in the second's text, of which half was read again."""
+    shape = "num_hidden_layers=1,hidden_size=8"
+    line = f"a:{shape}; b:{shape},data={other}; c:{shape},data={other}"
+    flags = {
+        "family.members": line, "data.source": str(text_folder), "family.vocab_size": 300,
+        "family.strategy": "replay:share=0.5", "data.heldout_tokens": 64, **SIZES,
+    }  # fmt: skip
+    starts = []
+
+    def reading(*args: Any, **rest: Any) -> Batches:
+        starts.append(rest["start"])
+        return Batches(*args, **rest)
+
+    monkeypatch.setattr("ars_kit.family.Batches", reading)
+    plan = plan_run(resolve(flags, {}), host)
+    execute(plan, host, tmp_path / "run", cache, watcher=Quiet())
+    assert [m.start for m in plan.members] == [0, 0, 3 * 4]
+    # Each of its own text, then of the old one.
+    assert starts == [0, 0, 0, 3 * 4 - 6, 0]
 
 
 def test_a_replay_that_was_cut_off_goes_on_exactly(
