@@ -165,6 +165,9 @@ class Adapters:
 
     Raises:
         ConfigError: peft is not installed, or there is nothing to adapt.
+
+    Attributes:
+        forward_flops: of their own products, per token.
     """
 
     def __init__(
@@ -186,6 +189,8 @@ class Adapters:
             parameter.requires_grad_(name in whole)
         for layer in self._layers.values():
             self._begin(layer, rng)
+        shapes = [self._plain[name].shape for name in self._layers]
+        self.forward_flops = 2.0 * lora.r * sum(map(sum, shapes))
 
     def _begin(self, layer: Any, rng: torch.Generator | None) -> None:
         """Give an adapter its first matrices: A drawn as torch.nn.Linear's, B of zeros."""

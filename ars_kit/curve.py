@@ -44,13 +44,13 @@ class Curve:
     forward_flops: float
 
     @classmethod
-    def of(cls, settings: Settings, corpus: Corpus, flops_per_token: float) -> Curve | None:
+    def of(cls, settings: Settings, corpus: Corpus, flops: float) -> Curve | None:
         """Return what the settings ask for, or None where they ask for no curve.
 
         Args:
             settings: the run's.
             corpus: whose held-out text it is.
-            flops_per_token: of the member's training, forward and backward.
+            flops: of the member's forward pass, per token.
         """
         if settings.run.heldout_every is None:
             return None
@@ -61,7 +61,7 @@ class Curve:
             windows=windows,
             # Nothing is kept for a backward pass, so twice a micro-batch fits wherever one does.
             batch_size=2 * settings.train.batch_size // settings.train.accumulation,
-            forward_flops=flops_per_token / 3 * windows[:, 1:].size,
+            forward_flops=flops * windows[:, 1:].size,
         )
 
     def due(self, done: int, steps: int) -> bool:

@@ -152,9 +152,9 @@ def evaluate(
 def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> Assessment:
     """Return what the evaluators find, or found when they were asked before."""
     asked, (court, corpus) = court, _before(court, path)
-    notes = _changed(court, path, corpus)
+    notes = {**_by_whose_settings(court, path), **_changed(court, path, corpus)}
     if court.whole != asked.whole:
-        notes = {"text": f"{court.settings.data.source}: only what the run held out of it"}
+        notes |= {"text": f"{court.settings.data.source}: only what the run held out of it"}
     checkpoint = directory_hash(path)
     home = kept_judgements(court.cache, checkpoint)
     model: PreTrainedModel | None = None
@@ -287,6 +287,19 @@ def _changed(court: Court, path: Path, corpus: Corpus) -> dict[str, str]:
         "text": f"{source} has changed since {path.name} was trained: what is held out of it now "
         "may have been trained on"
     }
+
+
+def _by_whose_settings(court: Court, path: Path) -> dict[str, str]:
+    """Return the note by whose settings a model is judged that is no member of the run."""
+    run, data = court.out / FROZEN, court.settings.data
+    if run.exists() and path.resolve().parent == court.out.resolve():
+        return {}
+    named = court.settings.origins["data.source"] == "flag"
+    what = f"a context of {data.sequence_length}" + ("" if named else f" on {data.source}")
+    whose = "those of" if run.exists() else "the defaults, as no run is in"
+    has_own = (path.parent / FROZEN).exists()
+    own = f"; its own run's are had by --out {path.parent}" if has_own else ""
+    return {"settings": f"{path.name} is judged with {what}, {whose} {court.out}{own}"}
 
 
 def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:

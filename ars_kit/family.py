@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
 from ars_kit.judge import PERPLEXITY, judge, write_files
 from ars_kit.ledger import counting
-from ars_kit.lora import parse_trainable
+from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.members import MemberPlan, placed
 from ars_kit.models import (
     build,
@@ -41,7 +41,7 @@ from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.roster import bad_name
 from ars_kit.sharding import dealt, gathered, is_sharded, scattered
-from ars_kit.spec import Assessment, Finishing
+from ars_kit.spec import Assessment, Finishing, Seed
 from ars_kit.states import HISTORY
 from ars_kit.store import RunFolder
 from ars_kit.teaching import Teaching, hinted
@@ -143,6 +143,9 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         deal = scattered if is_sharded(model) else dealt
         load_named_state(optimizer.base, born.opt_state, deal=deal)
         born.opt_state = None
+    # Judging multiplies by all weights, also where most are frozen.
+    forward = flops_per_token(member.config, settings.data.sequence_length) / 3
+    forward += adapters.forward_flops if adapters else 0.0
     job = Trainee(
         plan=member,
         settings=settings,
@@ -161,17 +164,14 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
         start_lr=seed.start_lr,
         decay_fraction=seed.decay_fraction,
         branch=member.branch,
-        curve=Curve.of(settings, family.corpus, member.flops / member.tokens),
+        curve=Curve.of(settings, family.corpus, forward),
         loss=_loss(family, member.name, born),
         accumulation=_parents_accumulation(family, member),
     )
     if accelerator.is_main_process:
         family.watcher.born(member.name, born.facts)
-        if recipe.in_backward and job.accumulation > 1:
-            family.watcher.aside(
-                f"{member.name}: with --accumulation {job.accumulation} gradients stand until the "
-                "last part of a batch; they are freed as they come with --accumulation 1"
-            )
+        for line in _asides(family, member, job, seed):
+            family.watcher.aside(line)
     train_member(job)
     if adapters is not None:
         adapters.merge(seed=member_seed(settings.family.seed, member.name))
@@ -184,6 +184,24 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # or it would hold on to every member's model
     return read_metrics(family.folder, member.name)
+
+
+def _asides(family: Family, member: MemberPlan, job: Trainee, seed: Seed) -> Iterator[str]:
+    """Yield what a member does otherwise than it was asked for."""
+    if family.plan.recipe.in_backward and job.accumulation > 1:
+        yield (
+            f"{member.name}: with --accumulation {job.accumulation} gradients stand until the "
+            "last part of a batch; they are freed as they come with --accumulation 1"
+        )
+    parent = family.cradle.relative(member)
+    inherits = seed.opt_state == "derive" and family.plan.settings.train.trainable == WHOLE
+    # A finished parent's state is dropped once its heir is there: one that was removed since is
+    # born again without it.
+    if parent is not None and inherits and not family.folder.states(parent).steps():
+        yield (
+            f"{member.name}: the training state of {parent} is gone, so its moments begin at zero; "
+            "it will not be to the bit what it would have been"
+        )
 
 
 def _parents_accumulation(family: Family, member: MemberPlan) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ars_kit.adapters import Share, foreseen_share, require_peft, wider
@@ -90,7 +91,7 @@ def plan_members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
     with host.blaming("strategies", choice.name, "asked who descends from whom"):
         family = descents(strategy, configs)
     branching = {d.parent for d in family if d.phase == "stable"}
-    base = settings.family.base
+    base = _distinct(settings.family.base, roster)
     found: dict[int, MemberPlan] = {}
     for d in family:
         member, config = roster[d.member], configs[d.member]
@@ -145,6 +146,19 @@ def plan_members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
             "member inherits; name a --base, or use a strategy that inherits"
         )
     return members
+
+
+def _distinct(base: str | None, roster: Sequence[Member]) -> str | None:
+    """Return how a base is called beside members: by another name than any of them.
+
+    Raises:
+        ConfigError: it has the name of a member, and is no directory.
+    """
+    if base not in {member.name for member in roster}:
+        return base
+    if not Path(base).is_dir():
+        raise ConfigError(f"member {base!r} has the name of the base; name it otherwise")
+    return f"./{base}"
 
 
 def _share(

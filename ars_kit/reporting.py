@@ -302,9 +302,10 @@ def _controls(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
 
 def _cost(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
     planned = {m["name"]: m.get("seconds") for m in (run.plan or {}).get("members", [])}
-    price = run.settings.run.price_per_hour / 3600
-    names = [m.name for m in run.members]
-    foreseen = [None if (s := planned.get(n)) is None else s * price for n in names]
+    now, names = run.settings.run.price_per_hour, [m.name for m in run.members]
+    prices = [m.metrics.get("price_per_hour", now) / 3600 for m in run.members]
+    times = [planned.get(name) for name in names]
+    foreseen = [None if t is None else t * p for t, p in zip(times, prices, strict=True)]
     actual = [m.metrics.get("cost") for m in run.members]
     if any(v is not None for v in actual):
         told = f"{sum(v or 0 for v in actual):.4g} $ in all"

@@ -202,10 +202,10 @@ def gates_table(run: RunRecord) -> Table:
 def planned_table(run: RunRecord) -> Table:
     """Return the time and cost that were estimated before the run, beside what they were."""
     planned = {m["name"]: m for m in (run.plan or {}).get("members", [])}
-    price, rows = run.settings.run.price_per_hour, []
+    now, rows = run.settings.run.price_per_hour, []
     for m in run.members:
         foreseen = planned.get(m.name, {}).get("seconds")
-        took = m.metrics.get("training_time")
+        took, price = m.metrics.get("training_time"), m.metrics.get("price_per_hour", now)
         ratio = took / foreseen if foreseen and took is not None else None
         rows.append(
             [
@@ -218,7 +218,9 @@ def planned_table(run: RunRecord) -> Table:
             ]
         )
     heads = ["member", "estimated time", "time", "ratio", "estimated $", "cost, $"]
-    return Table(f"Estimated before the start, and measured; {price} $ an hour", heads, rows)
+    prices = dict.fromkeys(m.metrics.get("price_per_hour", now) for m in run.members)
+    at = ", then ".join(map(str, prices))  # a run may go on at another price
+    return Table(f"Estimated before the start, and measured; {at} $ an hour", heads, rows)
 
 
 def curve_table(run: RunRecord) -> Table:

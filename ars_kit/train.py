@@ -104,7 +104,8 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
     job.feed.prepare(place + 1)
     if job.teaching.on_step is not None:
         job.optimizer.intact = False  # if it breaks off, weights are between two steps
-        job.meter.loss_flops += job.teaching.after(step)
+        # Every process does it to its own copy of the weights.
+        job.meter.loss_flops += job.teaching.after(step) * job.accelerator.num_processes
         job.optimizer.intact = True
     job.meter.tokens += train.batch_size * job.settings.data.sequence_length
     return False

@@ -16,7 +16,7 @@ SAME = 0.10
 RULE = (
     "A trend holds where the last member is better than the first and more than half of the steps "
     "from member to member go that way; figures are equal where the largest is at most 10 % above "
-    "the smallest. The time is compared among the heirs, which train for equally many steps."
+    "the smallest. The time is compared among the heirs, where they train for equally many steps."
 )
 
 
@@ -39,12 +39,14 @@ def checks(run: RunRecord) -> list[Check]:
     members = run.finished
     trained = [m for m in members if m.metrics.get("steps")]
     heirs = [m for m in trained if m.metrics["parent_model"] is not None]
+    equally = len({m.metrics["steps"] for m in heirs}) == 1  # some may have tokens of their own
+    times = _of(heirs, "training_time") if equally else []
     spread = [(m.name, _unsteadiness(m)) for m in trained]
     if not any(value for _, value in spread):  # nothing was ever damped
         spread = [(name, None) for name, _ in spread]
     return [
         _trend("training loss", "falls", _of(trained, "final_loss"), "{:.3f}"),
-        _equal("time", "stays equal", _of(heirs, "training_time"), "{:.1f} s"),
+        _equal("time", "stays equal", times, "{:.1f} s"),
         _trend(
             "convergence",
             "gets faster",

@@ -275,6 +275,33 @@ def test_starting_anew_takes_the_controls_along_unless_one_is_trained(
     assert {p.name for p in out.iterdir()} == {".arskit"}
 
 
+class Hearing(Quiet):
+    """Remembers what is done otherwise than it was asked for."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def aside(self, line: str) -> None:
+        self.told.append(line)
+
+
+def test_a_member_that_is_born_again_without_its_parents_moments_is_said_to_be(
+    controlled: Path, cache: Path, host: Host, tmp_path: Path
+) -> None:
+    """Its parent's state went when it was finished, so it cannot be what it was."""
+    mine, watcher = tmp_path / "run", Hearing()
+    shutil.copytree(controlled, mine)
+    shutil.rmtree(mine / "d4")
+    execute(plan_run(frozen_settings(mine), host), host, mine, cache, watcher=watcher)
+    assert watcher.told == [
+        (
+            "d4: the training state of d3 is gone, so its moments begin at zero; it will not be to "
+            "the bit what it would have been"
+        )
+    ]
+    assert read_run(mine).members[-1].metrics["birth"]["optimizer_state"] == "fresh"
+
+
 def test_a_choice_outlives_a_run_that_trains_nothing(
     controlled: Path, cache: Path, host: Host, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from ars_kit.evaluating import evaluate
 from ars_kit.host import Host
 from ars_kit.models import build, save_member
 from ars_kit.outcome import FROZEN, frozen_settings, read_metrics
+from ars_kit.resolving import resolve
+from ars_kit.settings import to_toml
 from ars_kit.shapes import embedded_config
 from ars_kit.source import NamedSource, parse_source
 from ars_kit.store import RunFolder
@@ -111,6 +113,32 @@ def test_all_of_another_text_is_judged_once(stranger: Path, other: Path, tmp_pat
 
     kept[0].write_text("damaged")
     assert judge(stranger, other, tmp_path)[1].asked == ["perplexity"]
+
+
+def test_it_is_said_by_whose_settings_a_stranger_is_judged(
+    stranger: Path, other: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """Without a run, or with another one's, text and context are not what a reader may think."""
+    found, _ = judge(stranger, other, tmp_path)
+    none = f"the defaults, as no run is in {tmp_path / 'no run'}"
+    assert found["notes"]["settings"] == f"model is judged with a context of 32, {none}"
+    out = tmp_path / "run"
+    settings = resolve({"data.source": str(text_folder), "data.sequence_length": "32"}, {})
+    RunFolder(out).write_text("run.toml", to_toml(settings))
+    RunFolder(out).write_text(".arskit/data.json", json.dumps({"tokenizer": "its own"}))
+    told = []
+    for home, name in ((out, stranger), (out, out / "model"), (tmp_path / "no run", out / "model")):
+        shutil.copytree(stranger, out / "model", dirs_exist_ok=True)
+        (judged,) = evaluate(
+            [str(name)], Host.installed(), home, tmp_path,
+            {} if home == out else {"data.source": str(text_folder)}, watcher=Watcher(),
+        )  # fmt: skip
+        told.append(judged["notes"].get("settings"))
+    assert told == [
+        f"model is judged with a context of 32 on {text_folder}, those of {out}",
+        None,
+        f"model is judged with a context of 128, {none}; its own run's are had by --out {out}",
+    ]
 
 
 def test_what_a_judgement_depends_on_makes_it_another(

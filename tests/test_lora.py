@@ -26,9 +26,10 @@ from ars_kit.errors import ConfigError, Preempted
 from ars_kit.fitting import fitted_plan, foreseen
 from ars_kit.footprint import LiveBytes
 from ars_kit.host import Host
+from ars_kit.ledger import counting
 from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
-from ars_kit.models import build, parameter_groups, trained_weights, weights_of
+from ars_kit.models import build, load_base, parameter_groups, trained_weights, weights_of
 from ars_kit.optim import make_base, under_recipe
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
@@ -333,6 +334,25 @@ class Stopping(Quiet):
 def run(plan: RunPlan, out: Path, cache: Path, watcher: Any = None) -> list[dict[str, Any]]:
     metrics, _ = execute(plan, Host.installed(), out, cache, watcher=watcher or Quiet())
     return metrics
+
+
+def test_a_point_of_the_curve_costs_a_whole_forward_pass(
+    base: Path, text_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Whatever is frozen: judging multiplies by every weight, and by the adapters."""
+    plan = planned(base, text_folder, **{"family.members": "d2", "run.heldout_every": 4})
+    (metrics,) = run(plan, tmp_path, cache)
+    drawn = metrics["heldout_curve"]
+    assert drawn["points"] == 2
+    model = load_base(str(base))
+    lora = parse_trainable(plan.settings.train.trainable)
+    assert lora is not None
+    Adapters(model, lora)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with counting() as account, torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    per_token = account.flops / tokens.numel()
+    assert drawn["flops"] / (2 * drawn["tokens"]) == pytest.approx(per_token, rel=0.01)
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

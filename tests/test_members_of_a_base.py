@@ -98,6 +98,17 @@ def test_a_base_grows_to_the_shapes_of_a_file(run: Run, home: Path, base: Path) 
     assert (base / "model.safetensors").read_bytes() == before
 
 
+def test_a_base_may_lie_where_it_has_the_name_of_a_member(
+    run: Run, home: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a family's own member does, seen from its folder: it is no parent in the new one."""
+    monkeypatch.chdir(base.parent)
+    code, error, members = run("named", "--base", "d2", "--members", "d2,d3")
+    assert (code, error) == (0, "")
+    assert [m["parent_model"] for m in members] == ["./d2", "d2"]
+    assert [m["parent_manifest"] is None for m in members] == [True, False]
+
+
 def test_a_chain_of_fine_tunes_takes_names_and_tokens_from_a_file(
     run: Run, home: Path, base: Path
 ) -> None:

@@ -17,6 +17,7 @@ from ars_kit.records import MemberRecord, RunRecord
 from ars_kit.reporting import _damping
 from ars_kit.resolving import resolve
 from ars_kit.scenarios import scenarios
+from ars_kit.sections import planned_table
 from ars_kit.spread import Spread
 from ars_kit.summary import summary
 from ars_kit.verdicts import checks
@@ -264,6 +265,22 @@ def test_time_that_grows_is_not_equal() -> None:
     (time,) = [c for c in checks(run("family", *heirs)) if c.metric == "time"]
     assert time.verdict == "does not hold"
     assert "largest is 1.15 times the smallest" in time.found
+
+
+def test_the_time_of_heirs_with_tokens_of_their_own_is_not_compared() -> None:
+    heirs = [member("d1", [4.0, 3.0]), member("d2", [3.0, 2.0], parent="d1"),
+             member("d3", [2.0, 1.5, 1.0], parent="d2")]  # fmt: skip
+    (time,) = [c for c in checks(run("family", *heirs)) if c.metric == "time"]
+    assert (time.verdict, time.found) == ("not measured here", "-")
+
+
+def test_an_estimate_stands_at_the_price_that_was_paid() -> None:
+    """A run that went on elsewhere has two prices."""
+    heirs = member("d1", [4.0, 3.0], price_per_hour=1.0), member("d2", [3.0, 2.0], parent="d1")
+    plan = {"members": [{"name": "d1", "seconds": 3600.0}, {"name": "d2", "seconds": 3600.0}]}
+    table = planned_table(replace(run("family", *heirs), plan=plan))
+    assert table.caption == "Estimated before the start, and measured; 1.0, then 3600.0 $ an hour"
+    assert [row[4] for row in table.rows] == ["1.00", "3600.00"]
 
 
 def test_a_gate_that_only_amplifies_has_acted() -> None:

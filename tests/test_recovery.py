@@ -32,7 +32,8 @@ from ars_kit.recovery import Recovery
 from ars_kit.resolving import resolve
 from ars_kit.settings import differences
 from ars_kit.store import RunFolder
-from ars_kit.train import train_member
+from ars_kit.teaching import Teaching
+from ars_kit.train import train_member, train_step
 from ars_kit.trainee import Stop, Trainee
 from ars_kit_plugins.gating import Guard
 
@@ -260,6 +261,17 @@ def test_where_most_losses_are_not_finite_the_event_is_json_all_the_same() -> No
     plan: Any = SimpleNamespace(members=[])
     Display(plan, console).went_back("d1", event)
     assert "(median loss -, best 2." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_a_strategy_does_after_a_step_is_counted_for_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(tmp_path, settings())
+    square = torch.ones(4, 4)
+    job.teaching = Teaching(on_step=lambda *_: square @ square)  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    train_step(job, job.model, 0)
+    assert job.meter.loss_flops == 3 * 2 * 4**3
 
 
 def test_a_run_that_looks_on_is_left_to_itself(tmp_path: Path) -> None:
