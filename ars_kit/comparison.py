@@ -17,7 +17,7 @@ from ars_kit.reach import Spent, first_at, path_to, points
 from ars_kit.records import MemberRecord, RunRecord, read_run
 from ars_kit.rules import unalike
 from ars_kit.schema import did_you_mean
-from ars_kit.settings import differences
+from ars_kit.settings import NEUTRAL, differences
 from ars_kit.spread import Spread
 
 FAMILY = "family"
@@ -230,9 +230,8 @@ def _all(runs: Sequence[RunRecord]) -> Iterator[RunRecord]:
 
 
 def _name(first: RunRecord, run: RunRecord) -> str:
-    changed = [
-        d for d in differences(first.settings, run.settings) if not d.startswith("family.seed:")
-    ]
+    # Within a run a remedy may be chosen when there is trouble; between runs it makes a difference.
+    changed = differences(first.settings, run.settings, free=NEUTRAL | {"family.seed"})
     return "; ".join(changed) or FAMILY
 
 

@@ -83,16 +83,19 @@ class Display:
             return
         planned = next(m for m in self.plan.members if m.name == member)
         loss = rows[-1]["loss"]
-        damping = sum(r["gradient"] * r["step_size"] for r in rows) / len(rows)
+        taken = [r["gradient"] * r["step_size"] for r in rows if not r["skipped"]]
+        damping = sum(taken) / len(taken) if taken else None
         seconds = meter.elapsed()
         rate = meter.tokens / seconds if seconds else 0.0
-        left = (planned.tokens - meter.tokens) / rate if rate else 0.0
+        # By steps: the meter's tokens count those that were undone too.
+        tokens = (planned.steps - done) * planned.tokens / planned.steps
+        left = tokens / rate if rate else 0.0
         self._seconds[member], self._share[member] = seconds, done / planned.steps
         self.rows[member][2:] = [
             f"{done}/{planned.steps}",
             f"{loss:.3f}",
             self.rows[member][4],
-            f"{damping:.3f}",
+            _figure(damping, "{:.3f}"),
             f"{rate:,.0f}",
             duration(left),
             self._cost(seconds),

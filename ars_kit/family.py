@@ -22,7 +22,7 @@ from ars_kit.errors import ConfigError, PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
 from ars_kit.inherit import load_named_state
-from ars_kit.judge import PERPLEXITY, judge, write_files
+from ars_kit.judge import PERPLEXITY, judge, judges_of, write_files
 from ars_kit.ledger import counting
 from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.members import MemberPlan, placed
@@ -298,7 +298,9 @@ def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Asses
     own = family.texts[member.data]
     if own is family.corpus:
         return found
-    more = judge(host, settings, member.name, model, own, choices=[PERPLEXITY])
+    # By the run's own measure, whatever its settings: both losses are read side by side.
+    measure = [choice for choice in judges_of(settings) if choice.name == PERPLEXITY.name]
+    more = judge(host, settings, member.name, model, own, choices=measure)
     return Assessment(
         {**found.figures, **{f"own_{name}": value for name, value in more.figures.items()}},
         {**found.files, **{f"own-{name}": text for name, text in more.files.items()}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -40,9 +41,10 @@ def member_metrics(
     """Return the figures of a member that was trained."""
     settings, meter = cradle.plan.settings, job.meter
     rows = read_history(cradle.folder.history_path(member.name))
-    losses = [row["loss"] for row in rows if not row["skipped"] and row["loss"] is not None]
+    taken = [row for row in rows if not row["skipped"] and row["loss"] is not None]
+    losses = [row["loss"] for row in taken]
     summary = job.optimizer.summary()
-    converged = convergence_step(losses)
+    converged = _converged(taken)
     steps_per_iteration = settings.train.steps_per_iteration
     flops = _flops(member, job)
     total = flops + born.facts["setup_flops"] + meter.loss_flops
@@ -91,6 +93,15 @@ def member_metrics(
             "member is trained and kept as a training state: run again without it"
         )
     return {**head, **quality.figures, "notes": dict(quality.notes), **rest}
+
+
+def _converged(taken: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step, counted from 1, at which the losses of the steps taken have converged.
+
+    Those that were skipped in between are steps too: it took the text and the time of them.
+    """
+    place = convergence_step([row["loss"] for row in taken])
+    return None if place is None else int(taken[place - 1]["step"]) + 1
 
 
 def _curve(cradle: Cradle, member: MemberPlan, job: Trainee) -> dict[str, Any] | None:

@@ -75,7 +75,13 @@ def build_gates(
         host: the installed plugins.
         settings: the run's.
         position: 0 for the family's first member, 1 for its last.
+
+    Raises:
+        ConfigError: a gate that is to be left out is not there.
+        PluginError: a gate has a name that history.jsonl calls something else by.
     """
+    from ars_kit.telemetry import TAKEN  # noqa: PLC0415 -- torch is slow to import
+
     wrapper, _ = _wrapper_and_base(host, settings)
     if wrapper is None:
         stack: dict[str, DampingGate] = {GUARD.name: host.make("gates", GUARD)}
@@ -91,6 +97,12 @@ def build_gates(
                 f"This optimizer has: {has}"
             )
         del stack[name]
+    if taken := sorted(TAKEN & stack.keys()):
+        owner = _owners(host, settings, stack)[taken[0]]
+        raise PluginError(
+            f"damping gate {taken[0]!r} of plugin {owner} needs another name: {taken[0]!r} is "
+            "something else in history.jsonl"
+        )
     return stack
 
 

@@ -13,7 +13,7 @@ from ars_kit.history import last_row
 from ars_kit.lineage import PRIVATE
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
-from ars_kit.settings import Settings
+from ars_kit.settings import Settings, differences
 from ars_kit.store import RunFolder, control_folder
 
 FROZEN = "run.toml"
@@ -31,6 +31,27 @@ def frozen_settings(out: Path, flags: Mapping[str, Any] | None = None) -> Settin
     if not path.exists():
         raise ConfigError(f"no run in {out}; name its folder with --out, or start one: arskit run")
     return resolve(flags or {}, {}, path)
+
+
+def trained_otherwise(out: Path, settings: Settings) -> list[str]:
+    """Return which members were finished under other settings than the run's are now, and which.
+
+    A run's settings file is a plain one, and somebody may have edited it; each member keeps those
+    that it was trained under.
+    """
+    found = []
+    for name in RunFolder(out).members():
+        try:
+            changed = differences(resolve({}, {}, out / name / FROZEN), settings)
+        except ConfigError:  # it is gone or damaged, which is for verify to say
+            continue
+        changed = [line for line in changed if not line.startswith("run.")]
+        if changed:
+            found.append(
+                f"{name} was trained under other settings than {out / FROZEN} holds: "
+                f"{'; '.join(changed)}"
+            )
+    return found
 
 
 def text_hashes(out: Path) -> dict[str, Any]:

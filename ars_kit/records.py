@@ -12,7 +12,7 @@ from ars_kit.durable import MANIFEST, check_file, read_manifest, sha256
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.history import read_history
 from ars_kit.lineage import Entry
-from ars_kit.outcome import frozen_settings, read_metrics
+from ars_kit.outcome import frozen_settings, read_metrics, trained_otherwise
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings
 from ars_kit.states import CURVE, HISTORY
@@ -140,16 +140,17 @@ def read_run(out: Path, label: str | None = None) -> RunRecord:
     planned = [m.name for m in parse_roster(settings.family.members)]
     names = [*planned, *(n for n in folder.members() if n not in planned)]
     members = tuple(_member(folder, name, entries, problems) for name in names)
+    problems += trained_otherwise(out, settings)
     return RunRecord(
         path=out,
         label=label or out.resolve().name,
         settings=settings,
         members=members,
-        control=_json(out / CONTROL_RECORD, problems),
+        control=_table(out / CONTROL_RECORD, problems),
         controls=tuple(_controls(out, settings, problems)),
-        data=_json(folder.private / "data.json", problems) or {},
-        best=_json(out / BEST, problems),
-        plan=_json(folder.private / PLAN_RECORD, problems),
+        data=_table(folder.private / "data.json", problems) or {},
+        best=_table(out / BEST, problems),
+        plan=_table(folder.private / PLAN_RECORD, problems),
         problems=tuple(problems),
     )
 
@@ -183,6 +184,12 @@ def _member(
     history = _rows(folder, name, HISTORY, problems, expected=bool(metrics.get("steps")))
     drawn = metrics.get("heldout_curve") is not None
     curve = _rows(folder, name, CURVE, problems, expected=drawn)
+    if metrics and curve and (curve[0]["step"], curve[-1]["step"]) != (0, metrics["steps"]):
+        problems.append(
+            f"{name}: its held-out curve does not go from birth to end, as run.heldout_every was "
+            "changed under way; it is left out"
+        )
+        curve = ()
     entry = entries.get(name)
     return MemberRecord(
         name=name,
@@ -228,6 +235,15 @@ def _samples(
         problems.append(f"{member.name}: {SAMPLES} is not what was committed")
         return ()
     return tuple(s for s in found if isinstance(s, dict) and {"prompt", "text"} <= s.keys())
+
+
+def _table(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Return a record of names and values; None where there is none, or something else."""
+    found = _json(path, problems)
+    if found is None or isinstance(found, dict):
+        return found
+    problems.append(f"{path.name} is damaged: it holds a {type(found).__name__}")
+    return None
 
 
 def _json(path: Path, problems: list[str]) -> Any:

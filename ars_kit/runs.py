@@ -15,7 +15,7 @@ from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
-from ars_kit.outcome import DATA_RECORD, FROZEN
+from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, trained_otherwise
 from ars_kit.plan import RunPlan, require_batch
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
@@ -83,6 +83,7 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
             folder.preflight(
                 plan.disk_bytes_for([m for m in plan.members if not folder.holds(m.name)])
             )
+            _tell_of_curves(folder, plan, watcher)
         before = folder.members()
         with accelerator.main_process_first():
             texts = open_texts(plan.settings, host, cache, progress)
@@ -109,6 +110,19 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
                 record_best(folder, chosen)  # else a choice that was made since stays
             write_report(out)
         return metrics, chosen["member"]
+
+
+def _tell_of_curves(folder: RunFolder, plan: RunPlan, watcher: FamilyWatcher) -> None:
+    """Say what controls cannot be compared by, where members were finished without a curve."""
+    if not plan.settings.run.controls:
+        return
+    done = [m.name for m in plan.members if folder.holds(m.name)]
+    flat = [name for name in done if read_metrics(folder, name).get("heldout_curve") is None]
+    if flat:
+        watcher.aside(
+            f"{', '.join(flat)}: finished without a held-out curve, so controls are compared with "
+            "what came out alone, and not by what it took; for that, start anew with --restart"
+        )
 
 
 def train_control(
@@ -209,6 +223,8 @@ def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
             f"{folder.path} holds a run of another plan: {'; '.join(changed)}. Go on with the old "
             "one by --resume, throw it away by --restart, or choose another --out"
         )
+    if otherwise := trained_otherwise(folder.path, settings):
+        raise ConfigError(f"{otherwise[0]}. Put the file back, or start anew with --restart")
 
 
 def _freeze(folder: RunFolder, settings: Settings, texts: Mapping[str, Corpus]) -> None:

@@ -239,10 +239,11 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
-def differences(old: Settings, new: Settings) -> list[str]:
-    """Name what changed between two runs' settings, apart from what may change."""
+def differences(
+    old: Settings, new: Settings, *, free: frozenset[str] = NEUTRAL | REMEDIES
+) -> list[str]:
+    """Name what changed between two runs' settings, apart from what is ``free`` to change."""
     before, after = old.flat(), new.flat()
-    free = NEUTRAL | REMEDIES
     if "rollback" in (old.train.on_instability, new.train.on_instability):
         free -= {"run.save_every"}  # where there are states decides where to go back to
     return [
@@ -277,4 +278,5 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False)
+    # JSON lets a DEL stand as it is, which TOML does not read.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -42,10 +42,8 @@ def _claim(comparison: Comparison) -> tuple[str, str]:
     kinds = {r.group for r in rows}
     name = next((n for n in DECISIVE if n in kinds), next(iter(kinds), None))
     if name is None:
-        nothing = (
-            "No control with a held-out curve is there, so nothing is said of what inheritance or "
-            "damping saved."
-        )
+        why = next((r.why for r in comparison.reached if r.why), "no control is there")
+        nothing = f"Nothing is said of what inheritance or damping saved: {why}."
         return nothing, "Hence there is no interval either."
     chosen = [r for r in rows if r.group == name]
     last = [r for r in chosen if r.member == chosen[-1].member]

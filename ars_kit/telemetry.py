@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars_kit.errors import PluginError
+from ars_kit.errors import ConfigError, PluginError
 from ars_kit.factors import Factors
 
 KEPT_ROWS = 4096
 """Rows kept on the device when nobody drains them."""
+
+TAKEN = frozenset(
+    {"step", "loss", "gradient", "step_size", "skipped", "damping", "dropped", "went_back"}
+)
+"""What rows call other things by, so that no gate can have these names."""
 
 
 class Telemetry:
@@ -21,9 +26,17 @@ class Telemetry:
 
     Args:
         gates: their names, in the order they are asked; looked at again each time.
+
+    Raises:
+        ConfigError: a gate has the name of something else in a row, whose place it would take.
     """
 
     def __init__(self, gates: Collection[str]) -> None:
+        if taken := sorted(TAKEN.intersection(gates)):
+            raise ConfigError(
+                f"no damping gate can be called {taken[0]!r}: that is something else in the record "
+                "of a step"
+            )
         self.gates = gates
         self.totals: Tensor | None = None
         self._rows: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_ROWS)

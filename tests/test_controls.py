@@ -285,6 +285,28 @@ class Hearing(Quiet):
         self.told.append(line)
 
 
+def test_a_curve_that_was_begun_late_or_broken_off_is_no_curve(
+    host: Host, text_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Its last point is not that of the member; run.heldout_every may change under way."""
+    flags: dict[str, Any] = {
+        "family__members": "d2..d3", "family__vocab_size": 300, "family__aspect": 4.0,
+        "train__iterations": (4, 2), "train__batch_size": 4, "data__source": str(text_folder),
+        "data__sequence_length": 32, "data__heldout_tokens": 512, "run__log_every": 4,
+    }  # fmt: skip
+    drawn = plan_of(host, **flags, run__heldout_every=1)
+    flat, watcher = plan_of(host, **flags), Hearing()
+    asked = plan_of(host, **flags, run__heldout_every=1, run__controls="scratch")
+    for plan, member in ((drawn, "d2"), (flat, "d3")):
+        with pytest.raises(Preempted):
+            execute(plan, host, tmp_path, cache, watcher=Cutting(member))
+    execute(asked, host, tmp_path, cache, watcher=watcher)
+    assert watcher.told[0].startswith("d2: finished without a held-out curve, so controls are")
+    run = read_run(tmp_path)
+    assert [m.curve for m in run.members] == [(), ()]
+    assert [p.partition(":")[0] for p in run.problems if "from birth to end" in p] == ["d2", "d3"]
+
+
 def test_a_member_that_is_born_again_without_its_parents_moments_is_said_to_be(
     controlled: Path, cache: Path, host: Host, tmp_path: Path
 ) -> None:

@@ -31,8 +31,9 @@ def screen(width: int, height: int = 40, **options: Any) -> Console:
 
 def step(display: Display, member: str, done: int) -> None:
     meter: Any = SimpleNamespace(tokens=done * 1000, elapsed=lambda: done * 12.3)
-    row = {"loss": 13.4567, "gradient": 1.0, "step_size": 0.875}
-    display.steps(member, done, [row], meter)
+    row = {"loss": 13.4567, "gradient": 1.0, "step_size": 0.875, "skipped": False}
+    left_out = {**row, "step_size": 0.0, "skipped": True}  # damps nothing
+    display.steps(member, done, [left_out, row], meter)
 
 
 def shown(display: Display) -> str:
@@ -76,6 +77,15 @@ def test_a_tall_family_shows_the_member_in_training() -> None:
     assert any(line.startswith("d35 ") and "7/1200" in line for line in lines)
     assert sum(line.startswith("...") for line in lines) == 2
     assert lines[-1].startswith("family")
+
+
+def test_steps_that_were_undone_are_not_left_behind() -> None:
+    """They have cost tokens, and are to be done again."""
+    display = Display(family(1, steps=100), screen(140, color_system=None))
+    meter: Any = SimpleNamespace(tokens=150_000, elapsed=lambda: 75.0)
+    row = {"loss": 1.0, "gradient": 1.0, "step_size": 1.0, "skipped": False}
+    display.steps("d10", 60, [row], meter)
+    assert display.rows["d10"][7] == "20 s"  # 40 steps of 1000 tokens at 2000 a second
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines() -> None:

@@ -146,9 +146,14 @@ def test_what_was_not_reached_is_said_and_not_numbered() -> None:
 
 def test_without_a_curve_nothing_is_claimed() -> None:
     bare = MemberRecord("d2", "done", member("d2", [4.0, 1.0]).metrics)
-    (row,) = family_with(run("scratch", bare)).reached
+    comparison = family_with(run("scratch", bare))
+    (row,) = comparison.reached
     assert row.why == "no held-out curve was drawn"
     assert row.facts()["saved"] == {"flops": None, "seconds": None, "cost": None}
+    told = summary(comparison.family.runs[0], comparison)[1]
+    assert told == (
+        "Nothing is said of what inheritance or damping saved: no held-out curve was drawn."
+    )
 
 
 def test_several_seeds_have_a_spread_and_an_interval() -> None:
@@ -176,6 +181,13 @@ def test_runs_that_do_otherwise_are_groups_named_by_what_they_do() -> None:
     other = run("faster", *CHAIN, **{"train.lr": 0.5})
     groups = compare_runs([run("family", *CHAIN), other]).groups
     assert [g.name for g in groups] == ["family", "train.lr: 0.012 -> 0.5"]
+
+
+def test_runs_with_another_remedy_are_no_seeds_of_each_other() -> None:
+    """Whether to go back is a treatment, though a run may decide on it under way."""
+    back = run("back", *CHAIN, **{"train.on_instability": "rollback"})
+    names = [g.name for g in compare_runs([run("left", *CHAIN), back]).groups]
+    assert names == ["family", 'train.on_instability: "ignore" -> "rollback"']
 
 
 def test_a_seed_counts_once() -> None:

@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 from ars_kit.births import _windows
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.family import _judged
 from ars_kit.host import Host
 from ars_kit.members import placed
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
 from ars_kit.runs import execute, open_texts
+from ars_kit.schema import Choice
+from ars_kit.spec import Assessment
 from ars_kit.states import States
 from ars_kit.tokens import Batches, Replayed
 
@@ -144,6 +147,27 @@ def test_what_is_measured_at_birth_is_measured_on_what_the_parent_read() -> None
     cradle: Any = SimpleNamespace(plan=plan, texts=texts)
     seen = [int(_windows(cradle, member, 2).min()) for member in plan.members]
     assert [n >= 10_000 for n in seen] == [False, False, True]
+
+
+def test_a_member_s_own_text_is_judged_by_the_run_s_own_measure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses of different strides are not to be read side by side."""
+    asked = []
+
+    def judging(*_: Any, choices: Any = None) -> Assessment:
+        asked.append(choices)
+        return Assessment({"heldout_loss": 1.0})
+
+    monkeypatch.setattr("ars_kit.family.judge", judging)
+    settings = resolve({"run.evaluators": "bleu,perplexity:stride=8"}, {})
+    family: Any = SimpleNamespace(
+        host=None, plan=SimpleNamespace(settings=settings), corpus="main", texts={"b": "other"}
+    )
+    member: Any = SimpleNamespace(name="d3", data="b")
+    found = _judged(family, member, SimpleNamespace())  # type: ignore[arg-type]
+    assert found.figures == {"heldout_loss": 1.0, "own_heldout_loss": 1.0}
+    assert asked == [None, [Choice("perplexity", {"stride": "8"})]]
 
 
 def test_a_text_stands_in_the_one_line_form(tmp_path: Path) -> None:

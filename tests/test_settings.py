@@ -99,7 +99,7 @@ def test_precedence_and_origins(tmp_path: Path) -> None:
 
 
 def test_frozen_file_reads_back_to_the_same(tmp_path: Path) -> None:
-    settings = resolve({"optimizer.gates": ["clip:limit=0.5"], "data.source": 'a "ö"\\b'}, {})
+    settings = resolve({"optimizer.gates": ["clip:limit=0.5"], "data.source": 'a "ö"\\b\x7f'}, {})
     file = tmp_path / "run.toml"
     file.write_text(to_toml(settings), encoding="utf-8")
     again = resolve({}, {}, file)

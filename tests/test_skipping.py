@@ -12,6 +12,14 @@ import pytest
 import torch
 from conftest import Cli, signal_of
 
+from ars_kit.damping import DampedOptimizer
+from ars_kit.errors import ConfigError, PluginError
+from ars_kit.figures import _converged
+from ars_kit.host import Host, Listing, Plugin
+from ars_kit.optim import build_gates
+from ars_kit.schema import Choice
+from ars_kit.settings import OptimizerSettings
+from ars_kit.spec import Offer
 from ars_kit.testing import check_gate
 from ars_kit_plugins.ars import ARS
 from ars_kit_plugins.skipping import NEEDED, WINDOW, SkipStep
@@ -162,3 +170,30 @@ def test_a_run_asks_it_by_name(arskit: Cli, tiny: list[str], tmp_path: Path) -> 
     assert list(metrics["gates"])[-1] == "skip"
     history = (tmp_path / "checkpoints" / "d2" / "history.jsonl").read_text().splitlines()
     assert "skip_z" in json.loads(history[0])
+
+
+def test_convergence_is_a_step_of_the_training_not_of_those_that_were_taken() -> None:
+    losses = [4.0, 1.0, *[0.9] * 60]
+    taken = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    at = _converged(taken)
+    assert at is not None
+    assert 2 < at < 50
+    late = [{**row, "step": row["step"] + 100 * (row["step"] > 1)} for row in taken]
+    assert _converged(late) == at + 100
+    assert _converged([]) is None
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient", "skipped"])
+def test_a_gate_takes_the_place_of_nothing_else_in_the_history(name: str) -> None:
+    """Its factor would stand where the loss stands, in every figure that is made of that."""
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ConfigError, match=f"no damping gate can be called '{name}'"):
+        DampedOptimizer(base, {name: SkipStep()})
+    host = Host.installed()
+    host.shelves["gates"][name] = [
+        Listing(Offer(name, "for a test", SkipStep), Plugin("mine", "arskit-mine", "0.1"))
+    ]
+    settings = OptimizerSettings(gates=(Choice(name),))
+    complaint = rf"gate '{name}' of plugin 'mine' \(arskit-mine 0.1\) needs another name"
+    with pytest.raises(PluginError, match=complaint):
+        build_gates(host, settings, position=0.0)

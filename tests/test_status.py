@@ -9,9 +9,12 @@ from click.testing import CliRunner
 
 from ars_kit import outcome
 from ars_kit.cli import cli
-from ars_kit.errors import IntegrityError
+from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.history import last_row
+from ars_kit.host import Host
+from ars_kit.records import read_run
 from ars_kit.resolving import resolve
+from ars_kit.runs import check_folder
 from ars_kit.settings import to_toml
 from ars_kit.store import RunFolder
 
@@ -55,3 +58,35 @@ def test_a_member_that_is_committed_meanwhile_is_done(
     monkeypatch.setattr(outcome, "last_row", overtaken)
     found = outcome.status(folder.path)
     assert [row["state"] for row in found] == ["done", "waiting"]
+
+
+def test_a_settings_file_that_was_edited_under_way_is_noticed(folder: RunFolder) -> None:
+    """Whoever is trained next would be trained otherwise, and every table would say all were."""
+
+    def commit(home: Path) -> None:
+        (home / "metrics.json").write_text('{"model_id": "d2", "steps": 20}')
+        (home / outcome.FROZEN).write_text((folder.path / outcome.FROZEN).read_text())
+
+    folder.commit_member("d2", commit, parent=None, facts={})
+    as_it_was = outcome.frozen_settings(folder.path)
+    assert outcome.trained_otherwise(folder.path, as_it_was) == []
+    file = folder.path / outcome.FROZEN
+    text = file.read_text()
+    file.write_text(text.replace("save_every = 100", "save_every = 7"))  # changes no weight
+    assert outcome.trained_otherwise(folder.path, outcome.frozen_settings(folder.path)) == []
+    file.write_text(text.replace("seed = 0", "seed = 1"))
+    edited = outcome.frozen_settings(folder.path)
+    complaint = f"d2 was trained under other settings than {file} holds: family.seed: 0 -> 1"
+    assert [p for p in read_run(folder.path).problems if "settings" in p] == [complaint]
+    with pytest.raises(ConfigError, match=r"family.seed: 0 -> 1\. Put the file back"):
+        check_folder(folder.path, edited, Host.installed(), restart=False)
+    check_folder(folder.path, edited, Host.installed(), restart=True)
+
+
+def test_a_record_that_holds_something_else_is_damaged(folder: RunFolder) -> None:
+    for name in ("best.json", "control.json", ".arskit/plan.json", ".arskit/data.json"):
+        folder.write_text(name, "[1]")
+    run = read_run(folder.path)
+    assert (run.best, run.control, run.plan, run.data) == (None, None, None, {})
+    found = [problem for problem in run.problems if "it holds a list" in problem]
+    assert len(found) == 4
