@@ -1,7 +1,8 @@
 """What inheritance saves: families against their members from scratch, at equal held-out loss.
 
 ``python benchmarks/inheritance.py --quick --data FILE`` takes minutes, ``--full`` hours on a core.
-Results are kept as they come; a second call goes on where the first one stopped.
+``--quick`` runs the arms that decide, as ``--full`` was tuned; ``--arms`` asks for others. Results
+are kept as they come; a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import click
 from inheritance.arms import ARMS
 from inheritance.report import Facts, write
-from inheritance.runner import Book, Key, run_all
+from inheritance.runner import DECAY, Book, Key, run_all
 from inheritance.scale import SCALES, Scale
 from inheritance.text import Text, cut
 
@@ -31,6 +32,7 @@ class Bench:
     scale: Scale
     text: Text
     optimizer: str
+    decay: float
     book: Book
     work: Path
     jobs: int
@@ -56,6 +58,7 @@ class Bench:
             optimizer=self.optimizer,
             text=self.text.digest,
             members=members,
+            decay=self.decay,
         )
 
     def run(self, keys: list[Key]) -> None:
@@ -95,10 +98,17 @@ def say(line: str) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text in UTF-8; several are read as one.",
 )
-@click.option("--arms", help="Names with commas between.  [all]")
+@click.option("--arms", help="Names with commas between.  [the scale's own]")
 @click.option("--seeds", type=click.IntRange(min=1), help="How many.")
 @click.option("--first-seed", default=1, show_default=True, help="They count from it.")
 @click.option("--optimizer", default="adamw", show_default=True, help="Of every arm.")
+@click.option(
+    "--decay",
+    type=click.FloatRange(0, 1),
+    default=DECAY,
+    show_default=True,
+    help="Share of every member's steps in which its rate falls.",
+)
 @click.option("--jobs", default=1, show_default=True, help="Processes, of one thread each.")
 @click.option("--work", type=click.Path(path_type=Path), help="For runs under way.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results, without suffix.")
@@ -111,6 +121,7 @@ def main(  # noqa: PLR0913 -- a command's options
     seeds: int | None,
     first_seed: int,
     optimizer: str,
+    decay: float,
     jobs: int,
     work: Path | None,
     out: Path | None,
@@ -121,12 +132,13 @@ def main(  # noqa: PLR0913 -- a command's options
     work = work or Path(tempfile.gettempdir()) / "arskit-inheritance"
     text = cut(list(data), work)
     out = out or RESULTS / f"inheritance-{name}-{data[0].stem}"
-    chosen = arms.split(",") if arms else list(ARMS)
+    chosen = arms.split(",") if arms else list(scale.arms or ARMS)
     unknown = [a for a in chosen if a not in ARMS]
     if unknown:
         raise click.UsageError(f"no arm named {unknown[0]!r}; there are {', '.join(ARMS)}")
     device = "cuda" if name == "gpu" else "cpu"
-    bench = Bench(name, scale, text, optimizer, Book(out.with_suffix(".jsonl")), work, jobs, device)
+    book = Book(out.with_suffix(".jsonl"))
+    bench = Bench(name, scale, text, optimizer, decay, book, work, jobs, device)
     numbers = range(first_seed, first_seed + (seeds or scale.seeds))
     tuned = _tuned(bench, chosen)
     keys = [

@@ -33,6 +33,8 @@ from inheritance.text import HELD_OUT, Text
 
 PROTOCOL = 1
 """Raise it with any change to what a run computes: older results then count no more."""
+DECAY = 0.3
+"""Share of a member's steps in which its learning rate falls, where nothing else is said."""
 CURVE = 60
 """Points of a member's training curve that are kept."""
 
@@ -47,6 +49,7 @@ class Key:
         kappa: the family's budget, in multiples of the largest member's scratch cost.
         members: from which of the arm's members to which; None is all. Tuning takes fewer.
         text: digest of the documents.
+        decay: share of every member's steps in which its learning rate falls to zero.
     """
 
     scale: str
@@ -60,6 +63,7 @@ class Key:
     members: tuple[int, int] | None = None
     torch: str = torch.__version__
     protocol: int = PROTOCOL
+    decay: float = DECAY
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,7 @@ def settings_of(key: Key, scale: Scale, text: Text, device: str) -> Settings:
             "train.batch_size": scale.batch,
             "train.lr": key.lr,
             "train.lr_vectors": key.lr,
+            "train.decay_fraction": key.decay,
             "train.device": device,
             "optimizer.name": key.optimizer,
             "run.save_every": 10_000,

@@ -26,6 +26,7 @@ class Scale:
         rates: peak learning rates that are tried, at width 32.
         inits: scales of fresh weights that are tried.
         vocabulary: of the byte-level BPE.
+        arms: that run where none are named; empty for all.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -38,6 +39,7 @@ class Scale:
     rates: tuple[float, ...] = (6e-3, 12e-3, 24e-3)
     inits: tuple[float, ...] = (0.5,)
     vocabulary: int = VOCABULARY
+    arms: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -103,14 +105,16 @@ SCALES = {
         rates=(12e-3,),
     ),
     "quick": Scale(
-        shapes=((3, 24), (4, 32), (5, 40), (6, 48)),
-        ratio=3,
+        shapes=((2, 24), (3, 32), (4, 40), (6, 40)),
+        ratio=6,
         head_dim=8,
         batch=16,
         context=128,
         seeds=2,
-        kappas=(1.0, 1.3),
+        kappas=(0.8, 1.05),
         rates=(12e-3,),
+        inits=(0.7,),
+        arms=("scratch", "lineage", "no-growth", "even-duplicate"),
     ),
     "full": Scale(
         shapes=_SMALL,
