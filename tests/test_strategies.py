@@ -70,12 +70,21 @@ def test_settings_reach_the_seed(parent: Any) -> None:
     assert (seed.opt_state, seed.rewarm_steps) == ("reset", 3)
 
 
+@pytest.mark.parametrize("name", ["progressive", "duplicate", "stack", "jump"])
+def test_an_heir_may_cool_otherwise_than_the_run(parent: Any, name: str) -> None:
+    member = Parent("d10", parent.config, weights_of(parent))
+    births = [birth_of(depth) for depth in (10, 11)]
+    of_the_run = [strategy(name).inherit(member, b).decay_fraction for b in births]
+    own = [strategy(f"{name}:decay_fraction=1").inherit(member, b).decay_fraction for b in births]
+    assert (of_the_run, own) == ([None, None], [1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "progressive:rewarm_steps=-1", "progressive:opt_state=keep", "progressive:new_lr=inf",
         "progressive:new_lr=nan", "distill:weight=inf", "distill:temperature=inf", "ewc:gamma=nan",
-        "ewc:strength=inf",
+        "ewc:strength=inf", "duplicate:decay_fraction=1.5",
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(text: str) -> None:

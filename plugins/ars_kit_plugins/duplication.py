@@ -57,6 +57,7 @@ class Copies(Heir, ABC):
             birth,
             opt_state=self.opt_state,
             rewarm_steps=self.rewarm_steps,
+            decay_fraction=self.decay_fraction,
             note=f"grown cooled lineage, {self.how}",
             layers=self.places(*kinds),
             preserves="none",
@@ -72,6 +73,8 @@ class Stack(Copies):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
+            the rate fall from birth on.
     """
 
     how = "blocks stacked"
@@ -92,15 +95,24 @@ class Duplicate(Copies):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
+            the rate fall from birth on.
         share: what a copied block and its copies add to the residual stream is multiplied by.
     """
 
     how = "neighbours copied"
 
     def __init__(
-        self, *, opt_state: OptState = "derive", rewarm_steps: int = 10, share: float = 1.0
+        self,
+        *,
+        opt_state: OptState = "derive",
+        rewarm_steps: int = 10,
+        decay_fraction: float | None = None,
+        share: float = 1.0,
     ) -> None:
-        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        super().__init__(
+            opt_state=opt_state, rewarm_steps=rewarm_steps, decay_fraction=decay_fraction
+        )
         if not 0 < share <= 1:
             raise ValueError(f"share must be greater than 0 and at most 1, not {share}")
         self.share = share

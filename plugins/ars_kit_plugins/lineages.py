@@ -23,6 +23,7 @@ def continuation(
     *,
     opt_state: OptState,
     rewarm_steps: int,
+    decay_fraction: float | None,
     note: str,
     layers: tuple[int | None, ...] | None = None,
     preserves: Preserves = "exact",
@@ -35,6 +36,7 @@ def continuation(
         preserves=preserves,
         opt_state=opt_state,
         rewarm_steps=rewarm_steps,
+        decay_fraction=decay_fraction,
         note=note,
     )
 
@@ -45,15 +47,26 @@ class Heir:
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
+            the rate fall from birth on.
     """
 
     inherits = True
 
-    def __init__(self, *, opt_state: OptState = "derive", rewarm_steps: int = 10) -> None:
+    def __init__(
+        self,
+        *,
+        opt_state: OptState = "derive",
+        rewarm_steps: int = 10,
+        decay_fraction: float | None = None,
+    ) -> None:
         if rewarm_steps < 0:
             raise ValueError(f"rewarm_steps must not be negative, not {rewarm_steps}")
+        if decay_fraction is not None and not 0 <= decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must lie in [0, 1], not {decay_fraction}")
         self.opt_state: OptState = opt_state
         self.rewarm_steps = rewarm_steps
+        self.decay_fraction = decay_fraction
 
     def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
         """Return why the child's shape cannot continue the parent's, or None if it can."""
@@ -62,7 +75,12 @@ class Heir:
     def continued(self, parent: Parent, birth: Birth, note: str) -> Seed:
         """Return the parent, grown to the child's shape."""
         return continuation(
-            parent, birth, opt_state=self.opt_state, rewarm_steps=self.rewarm_steps, note=note
+            parent,
+            birth,
+            opt_state=self.opt_state,
+            rewarm_steps=self.rewarm_steps,
+            decay_fraction=self.decay_fraction,
+            note=note,
         )
 
 
@@ -76,6 +94,8 @@ class Progressive(Heir):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
+            the rate fall from birth on.
         new_lr: multiplies the learning rate of tensors that are new altogether.
         new_decay_from: optimizer steps before the weight decay of such tensors begins.
     """
@@ -85,10 +105,13 @@ class Progressive(Heir):
         *,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
+        decay_fraction: float | None = None,
         new_lr: float = 1.0,
         new_decay_from: int = 0,
     ) -> None:
-        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        super().__init__(
+            opt_state=opt_state, rewarm_steps=rewarm_steps, decay_fraction=decay_fraction
+        )
         if not 0 < new_lr < math.inf:
             raise ValueError(f"new_lr must be greater than 0 and finite, not {new_lr}")
         if new_decay_from < 0:
@@ -139,6 +162,8 @@ class Jump(Heir):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
+            the rate fall from birth on.
     """
 
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:
