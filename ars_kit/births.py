@@ -121,6 +121,7 @@ def bear(cradle: Cradle, member: MemberPlan) -> Newborn:
         rng=torch.Generator().manual_seed(number),
         steps=member.steps,
         flops=member.flops,
+        heirs=sum(m.parent == member.name for m in cradle.plan.members),
         windows=lambda n: _windows(cradle, member, n),
     )
     with counting() as account:

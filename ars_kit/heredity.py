@@ -148,6 +148,7 @@ class Birth:
         rng: the only randomness a strategy may use; seeded by the run.
         steps: optimizer steps that the child will train for.
         flops: that those steps will cost.
+        heirs: members that are to be born from the child; 0 for the last of a chain.
         windows: returns that many windows of training text, the last that the lineage has read:
             int64, shape (n, sequence_length + 1), inputs and shifted targets overlapping. None
             where there is no text, as in ``arskit grow``.
@@ -159,6 +160,7 @@ class Birth:
     rng: torch.Generator
     steps: int = 0
     flops: float = 0.0
+    heirs: int = 0
     windows: Callable[[int], Tensor] | None = None
 
 

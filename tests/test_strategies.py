@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,12 +72,13 @@ def test_settings_reach_the_seed(parent: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["progressive", "duplicate", "stack", "jump"])
-def test_an_heir_may_cool_otherwise_than_the_run(parent: Any, name: str) -> None:
+def test_the_last_heir_may_cool_otherwise_than_the_run(parent: Any, name: str) -> None:
     member = Parent("d10", parent.config, weights_of(parent))
-    births = [birth_of(depth) for depth in (10, 11)]
-    of_the_run = [strategy(name).inherit(member, b).decay_fraction for b in births]
-    own = [strategy(f"{name}:decay_fraction=1").inherit(member, b).decay_fraction for b in births]
-    assert (of_the_run, own) == ([None, None], [1.0, 1.0])
+    for last in (birth_of(10), birth_of(11)):
+        births = replace(last, heirs=1), last
+        own = strategy(f"{name}:last_decay_fraction=1")
+        assert [own.inherit(member, b).decay_fraction for b in births] == [None, 1.0]
+        assert strategy(name).inherit(member, last).decay_fraction is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_an_heir_may_cool_otherwise_than_the_run(parent: Any, name: str) -> None
     [
         "progressive:rewarm_steps=-1", "progressive:opt_state=keep", "progressive:new_lr=inf",
         "progressive:new_lr=nan", "distill:weight=inf", "distill:temperature=inf", "ewc:gamma=nan",
-        "ewc:strength=inf", "duplicate:decay_fraction=1.5",
+        "ewc:strength=inf", "duplicate:last_decay_fraction=1.5",
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(text: str) -> None:

@@ -511,3 +511,14 @@ def test_new_blocks_may_learn_faster(run: Run) -> None:
     assert fast.exit_code == 0, fast.message
     assert not slow.same_weights(fast)
     assert fast.members["d4"]["birth"]["birth_logits_difference"] < 1e-4
+
+
+def test_the_last_member_alone_may_cool_otherwise(run: Run) -> None:
+    plain, cooled = run("progressive"), run("progressive:last_decay_fraction=1", out="cooled")
+    assert cooled.exit_code == 0, cooled.message
+    first, last = list(plain.members)[:-1], list(plain.members)[-1]
+    for name in first:
+        assert all(torch.equal(t, cooled.weights(name)[k]) for k, t in plain.weights(name).items())
+    assert not torch.equal(
+        plain.weights(last)["model.norm.weight"], cooled.weights(last)["model.norm.weight"]
+    )

@@ -127,8 +127,14 @@ ARMS = {
     "trunk": Arm("a trunk that never cools, branches cooled", lineage(0.3), "trunk", ONCE),
     "duplicate": Arm("blocks doubled in place", lineage(0.3), "duplicate", ONCE),
     "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (0.8, 1.0, 1.05)),
+    "cooled-last": Arm(
+        "likewise, the last cools from birth",
+        lineage(0.0),
+        "duplicate:last_decay_fraction=1",
+        (0.8, 1.0),
+    ),
     "even-halves": Arm(
-        "likewise, block and copy at half", lineage(0.0), "duplicate:share=0.5", (0.8, 1.0)
+        "each its due, block and copy at half", lineage(0.0), "duplicate:share=0.5", (0.8, 1.0)
     ),
     "distill": Arm("lineage, the parent teaches", lineage(0.3), "distill", ONCE),
 }

@@ -57,7 +57,7 @@ class Copies(Heir, ABC):
             birth,
             opt_state=self.opt_state,
             rewarm_steps=self.rewarm_steps,
-            decay_fraction=self.decay_fraction,
+            decay_fraction=self.decay_fraction(birth),
             note=f"grown cooled lineage, {self.how}",
             layers=self.places(*kinds),
             preserves="none",
@@ -73,8 +73,8 @@ class Stack(Copies):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
     """
 
     how = "blocks stacked"
@@ -95,8 +95,8 @@ class Duplicate(Copies):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
         share: what a copied block and its copies add to the residual stream is multiplied by.
     """
 
@@ -107,11 +107,13 @@ class Duplicate(Copies):
         *,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
-        decay_fraction: float | None = None,
+        last_decay_fraction: float | None = None,
         share: float = 1.0,
     ) -> None:
         super().__init__(
-            opt_state=opt_state, rewarm_steps=rewarm_steps, decay_fraction=decay_fraction
+            opt_state=opt_state,
+            rewarm_steps=rewarm_steps,
+            last_decay_fraction=last_decay_fraction,
         )
         if not 0 < share <= 1:
             raise ValueError(f"share must be greater than 0 and at most 1, not {share}")

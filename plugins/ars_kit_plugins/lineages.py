@@ -47,8 +47,8 @@ class Heir:
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
     """
 
     inherits = True
@@ -58,19 +58,23 @@ class Heir:
         *,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
-        decay_fraction: float | None = None,
+        last_decay_fraction: float | None = None,
     ) -> None:
         if rewarm_steps < 0:
             raise ValueError(f"rewarm_steps must not be negative, not {rewarm_steps}")
-        if decay_fraction is not None and not 0 <= decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must lie in [0, 1], not {decay_fraction}")
+        if last_decay_fraction is not None and not 0 <= last_decay_fraction <= 1:
+            raise ValueError(f"last_decay_fraction must lie in [0, 1], not {last_decay_fraction}")
         self.opt_state: OptState = opt_state
         self.rewarm_steps = rewarm_steps
-        self.decay_fraction = decay_fraction
+        self.last_decay_fraction = last_decay_fraction
 
     def supports(self, parent: PretrainedConfig, child: PretrainedConfig) -> str | None:
         """Return why the child's shape cannot continue the parent's, or None if it can."""
         return refusal(parent, child)
+
+    def decay_fraction(self, birth: Birth) -> float | None:
+        """Return the share of the child's steps in which ``wsd`` decays; None for the run's."""
+        return None if birth.heirs else self.last_decay_fraction
 
     def continued(self, parent: Parent, birth: Birth, note: str) -> Seed:
         """Return the parent, grown to the child's shape."""
@@ -79,7 +83,7 @@ class Heir:
             birth,
             opt_state=self.opt_state,
             rewarm_steps=self.rewarm_steps,
-            decay_fraction=self.decay_fraction,
+            decay_fraction=self.decay_fraction(birth),
             note=note,
         )
 
@@ -94,8 +98,8 @@ class Progressive(Heir):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
         new_lr: multiplies the learning rate of tensors that are new altogether.
         new_decay_from: optimizer steps before the weight decay of such tensors begins.
     """
@@ -105,12 +109,14 @@ class Progressive(Heir):
         *,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
-        decay_fraction: float | None = None,
+        last_decay_fraction: float | None = None,
         new_lr: float = 1.0,
         new_decay_from: int = 0,
     ) -> None:
         super().__init__(
-            opt_state=opt_state, rewarm_steps=rewarm_steps, decay_fraction=decay_fraction
+            opt_state=opt_state,
+            rewarm_steps=rewarm_steps,
+            last_decay_fraction=last_decay_fraction,
         )
         if not 0 < new_lr < math.inf:
             raise ValueError(f"new_lr must be greater than 0 and finite, not {new_lr}")
@@ -162,8 +168,8 @@ class Jump(Heir):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
     """
 
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:

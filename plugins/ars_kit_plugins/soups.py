@@ -26,8 +26,8 @@ class Soup(Heir):
     Args:
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
-        decay_fraction: share of an heir's steps in which ``wsd`` decays; none for the run's. 1 lets
-            the rate fall from birth on.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; none for the run's. 1 lets its rate fall from birth on.
     """
 
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:
