@@ -47,6 +47,14 @@ def test_pruning_pays_for_the_largest_and_for_the_teachers() -> None:
     assert spent == pytest.approx(1.2 * scale.costs[-1], rel=5e-3)
 
 
+def test_every_arm_has_a_colour_of_its_own() -> None:
+    from inheritance.arms import ARMS
+    from inheritance.plot import COLOURS
+
+    assert COLOURS.keys() == ARMS.keys()
+    assert len(set(COLOURS.values())) == len(ARMS)
+
+
 def test_a_lineage_is_early_where_it_is_cheap() -> None:
     from inheritance.arms import lineage
     from inheritance.scale import SCALES

@@ -26,8 +26,10 @@ COLOURS = {
     "distill": "#999999",
     "even-lineage": "#332288",
     "even-duplicate": "#882255",
+    "cooled-last": "#117733",
+    "even-halves": "#AA4499",
 }
-"""Okabe and Ito's, and two of Tol's, which colour-blind eyes tell apart."""
+"""Okabe and Ito's, and some of Tol's, which colour-blind eyes tell apart."""
 
 
 def picture(results: Results, shown: Mapping[str, float]) -> str:
