@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from measured.tables import figure, read, table
 
@@ -59,10 +61,15 @@ def verdicts(name: str) -> str:
     return table(heads, rows)
 
 
+def _scores(tree: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float | None]]:
+    """Return the scores by seed of each provocation and method."""
+    return {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+
+
 def gates(name: str) -> str:
     """Return what leaving one gate out costs, seed by seed against all of ARS."""
     tree = read(name)
-    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    scores = _scores(tree)
     left_out = [m for m in tree["methods"] if m.startswith("ars-without-")]
     rows = []
     for provocation in tree["provocations"]:
@@ -76,7 +83,7 @@ def gates(name: str) -> str:
 def named(name: str) -> str:
     """Return what ARS as planned and as published is worth beside ARS, minus clip."""
     tree = read(name)
-    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    scores = _scores(tree)
     rows = []
     for provocation in tree["provocations"]:
         clip = scores.get((provocation, "clip"), {})
@@ -93,7 +100,7 @@ def named(name: str) -> str:
 def level(name: str) -> str:
     """Return what a level norm memory is worth, minus clip and minus ARS as it is."""
     tree = read(name)
-    scores = {(r["provocation"], r["method"]): r["scores"] for r in tree["results"]}
+    scores = _scores(tree)
     rows = []
     for provocation in tree["provocations"]:
         own = scores.get((provocation, "ars-level"), {})
