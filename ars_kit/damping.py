@@ -11,7 +11,6 @@ are read once a step, the one synchronisation there is.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ars_kit.factors import Answer, Factors, Once, alignment_of, ask, gradients_
 from ars_kit.fold import apply, can_fold, lent
 from ars_kit.spec import DampingGate, StepSignal
 from ars_kit.telemetry import Telemetry
+from ars_kit.wrapper import Wrapper
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Memory:
     intact: bool = True
 
 
-class DampedOptimizer(Optimizer):
+class DampedOptimizer(Wrapper):
     """Wraps ``base`` so that ``gates`` may damp each of its steps.
 
     The loss arrives by ``step(closure)``, ``step(loss=...)`` or, for each micro-batch,
@@ -75,10 +75,6 @@ class DampedOptimizer(Optimizer):
         ConfigError: the base evaluates the loss itself (LBFGS), or cannot fold and should.
     """
 
-    # A GradScaler puts these here if the base takes them.
-    grad_scale: Tensor | None
-    found_inf: Tensor
-
     def __init__(
         self,
         base: Optimizer,
@@ -88,20 +84,8 @@ class DampedOptimizer(Optimizer):
         fold: bool | None = None,
         owners: Mapping[str | None, str] | None = None,
     ) -> None:
-        # Optimizer.__init__ would copy the groups; a copy goes stale when the base loads a state.
-        # What it sets up besides are the hook tables that schedulers and Lightning rely on.
-        self.base = base
+        super().__init__(base)
         self.gates: dict[str, DampingGate] = dict(gates)
-        for table in (
-            "_optimizer_step_pre_hooks",
-            "_optimizer_step_post_hooks",
-            "_optimizer_state_dict_pre_hooks",
-            "_optimizer_state_dict_post_hooks",
-            "_optimizer_load_state_dict_pre_hooks",
-            "_optimizer_load_state_dict_post_hooks",
-        ):
-            setattr(self, table, OrderedDict())
-        self._patch_step_function()
         self._reduce = reduce
         self._fold = fold
         self._owners = dict(owners or {})
@@ -117,49 +101,6 @@ class DampedOptimizer(Optimizer):
             raise ConfigError(
                 f"only a fused Adam, AdamW or SGD folds the factors in, not this {kind}"
             )
-
-    # The base owns these three; whoever reads or replaces them here reads or replaces its own.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base."""
-        self.base.add_param_group(param_group)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to the step, as the base would have it."""
-        return bool(getattr(self.base, "_step_supports_amp_scaling", False))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -377,27 +318,6 @@ class DampedOptimizer(Optimizer):
     def summary(self) -> dict[str, Any]:
         """Return steps, skipped steps, mean damping and each gate's mean factor; synchronises."""
         return self._telemetry.summary()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base's state with one more key, ``damping``; tensors and plain numbers."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        state = {**self.base.state_dict(), "damping": self.damping_state()}
-        for after in self._optimizer_state_dict_post_hooks.values():
-            state = after(self, state) or state
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; a bare base's state is accepted too."""
-        state = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state = dict(before(self, state) or state)
-        damping = state.pop("damping", None)
-        self.base.load_state_dict(state)
-        if damping is not None:
-            self.load_damping_state(damping)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def damping_state(self) -> dict[str, Any]:
         """Return what is not the base's; the same on every rank."""
