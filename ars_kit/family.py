@@ -53,6 +53,7 @@ from ars_kit.watching import FamilyWatcher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ars_kit.damping import DampedOptimizer
     from ars_kit.plan import RunPlan
 
 
@@ -119,30 +120,10 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     known = partial(read_metrics, family.folder)
     member = placed(member, family.plan.members, settings.train.batch_size, known)
     born = delivered(cradle, member, accelerator)
-    model, seed, recipe = born.model, born.seed, family.plan.recipe
+    model, seed = born.model, born.seed
     member, adapters = _adapted(family, member, born, cradle.who)
     train = settings.train
-    groups = parameter_groups(
-        model,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        lr_width=train.lr_width,
-        lr_vectors=train.lr_vectors,
-    )
-    optimizer = build_optimizer(
-        family.host,
-        under_recipe(family.host, settings.optimizer, recipe),
-        hinted(groups, seed.hints),
-        lr=train.lr,
-        position=member.position,
-        reduce=mean_over_ranks(accelerator),
-        in_backward=recipe.in_backward,
-    )
-    remember_peaks(optimizer)
-    if born.opt_state:
-        deal = scattered if is_sharded(model) else dealt
-        load_named_state(optimizer.base, born.opt_state, deal=deal)
-        born.opt_state = None
+    optimizer = _optimizer(family, member, born)
     # Judging multiplies by all weights, also where most are frozen.
     forward = flops_per_token(member.config, settings.data.sequence_length) / 3
     forward += adapters.forward_flops if adapters else 0.0
@@ -184,6 +165,34 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # or it would hold on to every member's model
     return read_metrics(family.folder, member.name)
+
+
+def _optimizer(family: Family, member: MemberPlan, born: Newborn) -> DampedOptimizer:
+    """Return a newborn's optimizer; the moments it inherits are in it, and gone from ``born``."""
+    settings, recipe, model = family.plan.settings, family.plan.recipe, born.model
+    train = settings.train
+    groups = parameter_groups(
+        model,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        lr_width=train.lr_width,
+        lr_vectors=train.lr_vectors,
+    )
+    optimizer = build_optimizer(
+        family.host,
+        under_recipe(family.host, settings.optimizer, recipe),
+        hinted(groups, born.seed.hints),
+        lr=train.lr,
+        position=member.position,
+        reduce=mean_over_ranks(family.accelerator),
+        in_backward=recipe.in_backward,
+    )
+    remember_peaks(optimizer)
+    if born.opt_state:
+        deal = scattered if is_sharded(model) else dealt
+        load_named_state(optimizer.base, born.opt_state, deal=deal)
+        born.opt_state = None
+    return optimizer
 
 
 def _asides(family: Family, member: MemberPlan, job: Trainee, seed: Seed) -> Iterator[str]:
