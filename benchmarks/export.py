@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 import torch
-from speed.checkpoints import SHAPES, TEXTS, write_checkpoint
+from speed.checkpoints import SHAPES, tokens_of, train, write_checkpoint
 from speed.figures import facts, spread
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ars_kit.errors import ParityError
 from ars_kit.spec import Engine, Exporter, Service
@@ -41,8 +41,6 @@ FORMATS: dict[str, Callable[[], Exporter]] = {
 EAGER = "transformers, eager"
 PROMPT = 32
 ROWS = (1, 8)
-HELD_OUT = 0.2
-"""Share of the text's end that no step of training sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +59,6 @@ class Size:
 
 
 SIZES = {"tiny": Size(2, 2, 1), "2M": Size(200, 64, 5), "55M": Size(0, 16, 3)}
-
-
-def tokens_of(checkpoint: Path) -> tuple[list[int], list[int]]:
-    """Return the manual's tokens, cut into what is trained on and what is held out."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids: list[int] = tokenizer("\n".join(TEXTS))["input_ids"]
-    cut = int(len(ids) * (1 - HELD_OUT))
-    return ids[:cut], ids[cut:]
-
-
-def train(checkpoint: Path, ids: list[int], steps: int) -> None:
-    """Train a checkpoint in its place."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    stream, draw = torch.tensor(ids), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        starts = torch.randint(len(ids) - 64, (8,), generator=draw).tolist()
-        batch = torch.stack([stream[s : s + 64] for s in starts])
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(checkpoint)
 
 
 def windows(ids: list[int], length: int) -> Iterator[list[int]]:

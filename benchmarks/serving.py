@@ -22,12 +22,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from speed.checkpoints import SHAPES, prompts, write_checkpoint
+from speed.checkpoints import SHAPES, prompts, tokens_of, train, write_checkpoint
 from speed.clients import Load, measure
 from speed.figures import facts, spread
 from speed.servers import (
@@ -46,6 +47,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 GENERATE = "generate()"
 DEFAULT = "arskit serve, genai"
 """What ``auto`` chooses for these checkpoints."""
+ROUNDED = f"{DEFAULT}:precision=int4"
+"""The same with rounded weights, for who asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +209,14 @@ def judge_proxy(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
 
 
 def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
-    """Return which bars the default met."""
+    """Return which bars the default met, and where it was measured its rounded form."""
     judged = []
-    for bar in BARS:
-        mine, peer = cells.get((DEFAULT, bar.clients)), cells.get((bar.than, bar.clients))
+    measured = [name for name in (DEFAULT, ROUNDED) if name == DEFAULT or (name, 1) in cells]
+    for name, bar in product(measured, BARS):
+        mine, peer = cells.get((name, bar.clients)), cells.get((bar.than, bar.clients))
         many = f"{bar.clients} client{'s' * (bar.clients > 1)}"
-        claim = f"{checkpoint}: {bar.ratio:g} times as fast as {bar.than} for {many}"
+        whose = checkpoint if name == DEFAULT else f"{checkpoint}, int4"
+        claim = f"{whose}: {bar.ratio:g} times as fast as {bar.than} for {many}"
         if mine is None or peer is None:
             judged.append({"claim": claim, "met": None, "figures": "-"})
             continue
@@ -237,6 +242,12 @@ def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
 @click.option(
     "--alone", is_flag=True, help="Without transformers serve and generate(), on all cores."
 )
+@click.option(
+    "--trained",
+    default=0,
+    metavar="STEPS",
+    help="Train the checkpoint first: what rounds is compared with it, and it must have learned.",
+)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(
     *,
@@ -246,6 +257,7 @@ def main(
     cores: int,
     also: tuple[str, ...],
     alone: bool,
+    trained: int,
     target: Path | None,
 ) -> None:
     """Measure, print, and write the figures where they are asked for."""
@@ -260,7 +272,9 @@ def main(
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             checkpoint = work / name
-            parameters = write_checkpoint(SHAPES[name], checkpoint)
+            parameters = write_checkpoint(SHAPES[name], checkpoint, 0.02 if trained else 0.1)
+            if trained:
+                train(checkpoint, tokens_of(checkpoint)[0], trained)
             size = PAIRED.get(name, SIZES[name]) if alone else SIZES[name]
             servers = list(others)
             starting: list[Any] = [
@@ -282,6 +296,7 @@ def main(
             {
                 "name": name,
                 "parameters": parameters,
+                "trained_steps": trained,
                 "rounds": size.rounds,
                 "tokens": size.tokens,
                 "requests": {str(n): count for n, count in size.requests.items()},

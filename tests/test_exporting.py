@@ -31,8 +31,8 @@ from ars_kit.spec import Engine, Offer, Service, hookimpl
 from ars_kit_serving.checkpoints import open_checkpoint
 from ars_kit_serving.decoder import OnnxExporter
 from ars_kit_serving.engines.eager import EagerEngine
-from ars_kit_serving.export import Export, export_checkpoint
-from ars_kit_serving.parity import compare
+from ars_kit_serving.export import Export, export_checkpoint, write_compared
+from ars_kit_serving.parity import JUDGED, compare, own_texts
 from ars_kit_serving.servers import genai
 from ars_kit_serving.servers import onnx as onnx_server
 
@@ -183,6 +183,23 @@ def test_a_format_that_rounds_is_judged_by_loss_and_agreement(
     assert facts["loss"] == pytest.approx(facts["loss_of_the_model"], abs=0.01)
     assert facts["agreement"] > 0.95
     assert facts["compared"]["tokens"] == 4 * 79
+
+
+def test_what_is_rounded_for_a_server_is_judged_on_what_the_model_makes_up(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    texts = own_texts(model, 33)
+    assert texts == own_texts(model, 33)
+    assert np.shape(texts) == (32, 33)  # 32 tokens follow each first one: 1,024 in all
+    seen = {}
+    for name, given in (("own", None), ("random", TEXTS)):
+        exporter, facts = Wrong(None, 1e-4), dict[str, Any](format="x", source_sha256="d")
+        write_compared(exporter, checkpoint, tmp_path / name, given, facts)
+        seen[name] = facts
+    assert seen["own"]["compared"]["tokens"] == JUDGED
+    # A model is surprised by its own text as much as it is unsure, and by any other more.
+    assert seen["own"]["loss_of_the_model"] < seen["random"]["loss_of_the_model"] - 0.05
 
 
 def test_padding_that_is_ignored_is_noticed(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from measured.tables import how, read, spread, table
@@ -44,12 +45,18 @@ def _served(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _learned(checkpoint: Mapping[str, Any]) -> str:
+    """Return what a checkpoint's weights are."""
+    steps = checkpoint.get("trained_steps")
+    return f"{steps} steps trained" if steps else "random weights"
+
+
 def conditions(name: str) -> str:
     """Return what servers were measured on, and how."""
     tree = read(name)
     facts = tree["facts"]
     lines = [
-        f"{c['parameters']:,} parameters (Qwen2, random weights): answers of {c['tokens']} tokens; "
+        f"{c['parameters']:,} parameters (Qwen2, {_learned(c)}): answers of {c['tokens']} tokens; "
         + ", ".join(f"{n} requests of {k} clients" for k, n in c["requests"].items())
         + f"; {c['rounds']} rounds, every server once in each, in an order drawn anew"
         for c in tree["checkpoints"]

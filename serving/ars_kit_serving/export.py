@@ -22,7 +22,7 @@ from ars_kit.spec import Exporter
 from ars_kit.workbench import workbench
 from ars_kit_serving.checkpoints import Checkpoint
 from ars_kit_serving.kept import TransientError
-from ars_kit_serving.parity import LENGTHS, compare
+from ars_kit_serving.parity import LENGTHS, compare, own_texts
 
 PARITY = "parity.json"
 CONFIGS = ("config.json", "generation_config.json")
@@ -79,7 +79,7 @@ def write_compared(
     exporter: Exporter,
     source: Path,
     target: Path,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]] | None,
     facts: dict[str, Any],
 ) -> None:
     """Export into a directory that appears whole, once it was compared, or not at all.
@@ -88,7 +88,7 @@ def write_compared(
         exporter: of the format.
         source: the verified checkpoint.
         target: the directory to write; must not exist.
-        texts: of tokens, to compare on.
+        texts: of tokens, to compare on; None for what the model makes up.
         facts: of the export; what the comparison found is added.
 
     Raises:
@@ -126,12 +126,14 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _compared(
-    exporter: Exporter, source: Path, folder: Path, texts: Sequence[Sequence[int]]
+    exporter: Exporter, source: Path, folder: Path, texts: Sequence[Sequence[int]] | None
 ) -> dict[str, Any]:
     model = load_base(str(source.absolute()), torch.float32)
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     engine = exporter.open(folder, context=min(own or CONTEXT, CONTEXT), slots=len(LENGTHS))
     try:
+        if texts is None:
+            texts = own_texts(model, engine.context)
         return compare(model, engine, texts, exporter.tolerance)
     finally:
         engine.close()

@@ -35,7 +35,10 @@ AGREEMENT = 0.9
 """Share of positions at which it must find the same token most likely."""
 
 JUDGED = 1024
-"""Tokens of held-out text that such a format is judged on."""
+"""Tokens of text that such a format is judged on."""
+
+OWN = 64
+"""Tokens that follow the first in a text that a model makes up."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -203,6 +206,31 @@ def _judge(
             "written"
         )
     return facts
+
+
+@torch.inference_mode()
+def own_texts(model: PreTrainedModel, context: int) -> list[list[int]]:
+    """Return text that a model makes up, of as many tokens as a format that rounds is judged on.
+
+    On it the model's loss is its own entropy, so what another's exceeds it by is how far the two
+    are apart, KL(model || other). Each begins with a token drawn evenly; the rest is drawn at
+    temperature 1. The same model makes the same.
+
+    Args:
+        model: a decoder with a cache, in eval mode, on the CPU.
+        context: tokens that a text may have, two at least.
+    """
+    steps = min(context - 1, OWN)
+    draw = torch.Generator().manual_seed(0)
+    size = int(model.config.get_text_config().vocab_size)
+    last = torch.randint(size, (-(-JUDGED // steps), 1), generator=draw)
+    texts, cache = [last], None
+    for _ in range(steps):
+        made = model(input_ids=last, past_key_values=cache, use_cache=True)
+        cache, odds = made.past_key_values, made.logits[:, -1].float().softmax(-1)
+        last = torch.multinomial(odds, 1, generator=draw)
+        texts.append(last)
+    return torch.cat(texts, dim=1).tolist()
 
 
 def _windows(texts: Sequence[Sequence[int]], context: int) -> Iterator[list[int]]:
