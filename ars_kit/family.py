@@ -202,6 +202,10 @@ def _asides(family: Family, member: MemberPlan, job: Trainee, seed: Seed) -> Ite
             f"{member.name}: with --accumulation {job.accumulation} gradients stand until the "
             "last part of a batch; they are freed as they come with --accumulation 1"
         )
+    if job.decay_fraction is not None and job.settings.train.schedule == "wsd":
+        share, whose = job.cooling, family.cradle.strategy_name
+        since = "from birth on" if share == 1 else f"in the last {share:.0%} of its steps"
+        yield f"{member.name}: its learning rate falls {since}, as strategy {whose} has it"
     parent = family.cradle.relative(member)
     inherits = seed.opt_state == "derive" and family.plan.settings.train.trainable == WHOLE
     # A finished parent's state is dropped once its heir is there: one that was removed since is

@@ -75,6 +75,7 @@ def member_metrics(
         "skipped_steps": summary["skipped"],
         "rollbacks": job.recovery.events,
         "accumulation": job.accumulation,
+        "decay_fraction": job.cooling if settings.train.schedule == "wsd" else None,
         "gates": summary["gates"],
         "cost": meter.seconds / 3600 * settings.run.price_per_hour,
         "price_per_hour": settings.run.price_per_hour,

@@ -89,7 +89,7 @@ def train_step(job: Trainee, wrapped: Any, step: int) -> bool:
         steps=job.plan.steps,
         schedule=train.schedule,
         warmup=job.warmup,
-        decay_fraction=train.decay_fraction if job.decay_fraction is None else job.decay_fraction,
+        decay_fraction=job.cooling,
         start=job.start_lr,
     )
     set_rates(job.optimizer, factor)

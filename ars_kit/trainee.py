@@ -104,6 +104,12 @@ class Trainee:
     def __post_init__(self) -> None:
         self.split(max(self.accumulation, self.settings.train.accumulation))
 
+    @property
+    def cooling(self) -> float:
+        """Share of its steps in which ``wsd`` lets the learning rate fall."""
+        own = self.decay_fraction
+        return self.settings.train.decay_fraction if own is None else own
+
     def split(self, parts: int) -> None:
         """Have each step read its batch in so many micro-batches."""
         device, apart = self.accelerator.device, self.settings.data.document_mask

@@ -72,13 +72,15 @@ def test_settings_reach_the_seed(parent: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["progressive", "duplicate", "stack", "jump"])
-def test_the_last_heir_may_cool_otherwise_than_the_run(parent: Any, name: str) -> None:
+def test_the_last_heir_cools_from_birth_on_and_may_cool_otherwise(parent: Any, name: str) -> None:
     member = Parent("d10", parent.config, weights_of(parent))
     for last in (birth_of(10), birth_of(11)):
         births = replace(last, heirs=1), last
-        own = strategy(f"{name}:last_decay_fraction=1")
-        assert [own.inherit(member, b).decay_fraction for b in births] == [None, 1.0]
-        assert strategy(name).inherit(member, last).decay_fraction is None
+        for given, wanted in (("", 1.0), (":last_decay_fraction=0.5", 0.5)):
+            own = strategy(name + given)
+            assert [own.inherit(member, b).decay_fraction for b in births] == [None, wanted]
+        as_the_run = strategy(f"{name}:last_decay_fraction=none")
+        assert as_the_run.inherit(member, last).decay_fraction is None
 
 
 @pytest.mark.parametrize(

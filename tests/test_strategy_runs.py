@@ -201,7 +201,7 @@ def test_other_architectures_inherit_too(run: Run, strategy: str, architecture: 
 
 
 def test_a_jump_grows_every_member_from_the_first(run: Run) -> None:
-    jump, chain = run("jump"), run("progressive", out="chain")
+    jump, chain = run("jump:last_decay_fraction=none"), run("progressive", out="chain")
     assert [m["parent_model"] for m in jump.members.values()] == [None, "d2", "d2"]
     # The second member is the same in both; the third read less text before its birth.
     again = chain.weights("d3")
@@ -514,8 +514,10 @@ def test_new_blocks_may_learn_faster(run: Run) -> None:
 
 
 def test_the_last_member_alone_may_cool_otherwise(run: Run) -> None:
-    plain, cooled = run("progressive"), run("progressive:last_decay_fraction=1", out="cooled")
-    assert cooled.exit_code == 0, cooled.message
+    cooled, plain = run("progressive"), run("progressive:last_decay_fraction=none", out="plain")
+    assert plain.exit_code == 0, plain.message
+    shares = [[m["decay_fraction"] for m in r.members.values()] for r in (plain, cooled)]
+    assert shares == [[0.3, 0.3, 0.3], [0.3, 0.3, 1.0]]
     first, last = list(plain.members)[:-1], list(plain.members)[-1]
     for name in first:
         assert all(torch.equal(t, cooled.weights(name)[k]) for k, t in plain.weights(name).items())

@@ -109,10 +109,12 @@ def no_growth(scale: Scale, kappa: float) -> tuple[Member, ...]:
     return (replace(scale.members[0], tokens=tokens),)
 
 
+WARM = "last_decay_fraction=none"
+"""The last member cools for as long as every other; by default it would cool from birth on."""
 ONCE = (1.0,)
 ARMS = {
     "scratch": Arm("every member alone", scratch, "scratch", ONCE, like=None),
-    "lineage": Arm("cooled lineage, grown exactly", lineage(0.3), "progressive", like=None),
+    "lineage": Arm("cooled lineage, grown exactly", lineage(0.3), f"progressive:{WARM}", like=None),
     "no-growth": Arm(
         "the smallest on the largest's budget", no_growth, "scratch", ONCE, False, "scratch"
     ),
@@ -120,23 +122,31 @@ ARMS = {
         "the largest first, cut down, taught", prune, "prune", (1.05, 1.2), like="scratch"
     ),
     "late-lineage": Arm(
-        "likewise, more of it for the last", lineage(-0.3), "progressive", (1.0, 1.25)
+        "likewise, more of it for the last", lineage(-0.3), f"progressive:{WARM}", (1.0, 1.25)
     ),
-    "even-lineage": Arm("likewise, each its due", lineage(0.0), "progressive", (1.0, 1.05)),
-    "jump": Arm("the smallest, then one growth", jump(0.3), "progressive", members=False),
+    "even-lineage": Arm("likewise, each its due", lineage(0.0), f"progressive:{WARM}", (1.0, 1.05)),
+    "jump": Arm("the smallest, then one growth", jump(0.3), f"progressive:{WARM}", members=False),
     "trunk": Arm("a trunk that never cools, branches cooled", lineage(0.3), "trunk", ONCE),
-    "duplicate": Arm("blocks doubled in place", lineage(0.3), "duplicate", ONCE),
-    "even-duplicate": Arm("likewise, each its due", lineage(0.0), "duplicate", (0.8, 1.0, 1.05)),
+    "duplicate": Arm("blocks doubled in place", lineage(0.3), f"duplicate:{WARM}", ONCE),
+    "even-duplicate": Arm(
+        "likewise, each its due", lineage(0.0), f"duplicate:{WARM}", (0.8, 1.0, 1.05)
+    ),
     "cooled-last": Arm(
         "likewise, the last cools from birth",
         lineage(0.0),
         "duplicate:last_decay_fraction=1",
         (0.8, 1.0),
     ),
-    "even-halves": Arm(
-        "each its due, block and copy at half", lineage(0.0), "duplicate:share=0.5", (0.8, 1.0)
+    "exact-cooled-last": Arm(
+        "likewise, grown exactly", lineage(0.0), "progressive:last_decay_fraction=1", (1.0, 1.05)
     ),
-    "distill": Arm("lineage, the parent teaches", lineage(0.3), "distill", ONCE),
+    "even-halves": Arm(
+        "each its due, block and copy at half",
+        lineage(0.0),
+        f"duplicate:share=0.5,{WARM}",
+        (0.8, 1.0),
+    ),
+    "distill": Arm("lineage, the parent teaches", lineage(0.3), f"distill:{WARM}", ONCE),
 }
 """Every arm, the controls among them: ``scratch``, ``no-growth``, ``jump``, ``prune``. The one long
 run, the largest straight on the family's budget, is the last member of ``scratch``. The first four

@@ -27,6 +27,7 @@ COLOURS = {
     "even-lineage": "#332288",
     "even-duplicate": "#882255",
     "cooled-last": "#117733",
+    "exact-cooled-last": "#44AA99",
     "even-halves": "#AA4499",
 }
 """Okabe and Ito's, and some of Tol's, which colour-blind eyes tell apart."""

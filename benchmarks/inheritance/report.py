@@ -87,7 +87,7 @@ def bars(results: Results) -> list[Bar]:
             "not run" if gap is None else f"{shown(gap)} against the largest from scratch",
         )
     ]
-    for arm in ("lineage", "even-duplicate", "cooled-last", "prune"):
+    for arm in ("lineage", "even-duplicate", "cooled-last", "exact-cooled-last", "prune"):
         crossing = results.crossing(arm)
         found.append(
             Bar(
@@ -98,7 +98,7 @@ def bars(results: Results) -> list[Bar]:
             )
         )
     last = len(results.scale.shapes) - 1
-    for arm in ("lineage", "even-duplicate", "cooled-last", "jump"):
+    for arm in ("lineage", "even-duplicate", "cooled-last", "exact-cooled-last", "jump"):
         crossing = results.crossing(arm, [last])
         found.append(
             Bar(

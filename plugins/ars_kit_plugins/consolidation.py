@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ars_kit.errors import ConfigError
 from ars_kit.spec import Birth, Block, Lesson, Parent, Seed
-from ars_kit_plugins.lineages import Heir, OptState
+from ars_kit_plugins.lineages import COOLING, Heir, OptState
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +174,8 @@ class Ewc(Heir):
         sequences: windows of training text that the Fisher information is measured on.
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
     def __init__(
@@ -185,8 +187,13 @@ class Ewc(Heir):
         sequences: int = 64,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
+        last_decay_fraction: float | None = COOLING,
     ) -> None:
-        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        super().__init__(
+            opt_state=opt_state,
+            rewarm_steps=rewarm_steps,
+            last_decay_fraction=last_decay_fraction,
+        )
         if not (0 <= strength < math.inf and 0 <= gamma < math.inf):
             raise ValueError(
                 f"strength and gamma must be 0 or more, and finite, not {strength}, {gamma}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ars_kit.spec import Birth, Descent, Lesson, Parent, Seed
-from ars_kit_plugins.lineages import Heir, OptState
+from ars_kit_plugins.lineages import COOLING, Heir, OptState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,8 @@ class Distill(Heir):
         temperature: by which both distributions are softened.
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
     def __init__(
@@ -68,8 +70,13 @@ class Distill(Heir):
         temperature: float = 1.0,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
+        last_decay_fraction: float | None = COOLING,
     ) -> None:
-        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        super().__init__(
+            opt_state=opt_state,
+            rewarm_steps=rewarm_steps,
+            last_decay_fraction=last_decay_fraction,
+        )
         self.loss = taught_loss(weight, temperature)
 
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ars_kit.errors import ConfigError
 from ars_kit.spec import Birth, LazyWeights, Parent, Seed, like
 from ars_kit_plugins.architecture import SILENT, Shape, inherited_layers, refusal
-from ars_kit_plugins.lineages import Heir, OptState, continuation
+from ars_kit_plugins.lineages import COOLING, Heir, OptState, continuation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Stack(Copies):
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
         last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
-            itself; none for the run's. 1 lets its rate fall from birth on.
+            itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
     how = "blocks stacked"
@@ -96,7 +96,7 @@ class Duplicate(Copies):
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
         last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
-            itself; none for the run's. 1 lets its rate fall from birth on.
+            itself; 1 lets its rate fall from birth on, none is the run's share.
         share: what a copied block and its copies add to the residual stream is multiplied by.
     """
 
@@ -107,7 +107,7 @@ class Duplicate(Copies):
         *,
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
-        last_decay_fraction: float | None = None,
+        last_decay_fraction: float | None = COOLING,
         share: float = 1.0,
     ) -> None:
         super().__init__(

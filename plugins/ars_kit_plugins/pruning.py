@@ -270,7 +270,7 @@ class Prune:
         opt_state: OptState = "derive",
         rewarm_steps: int = 10,
     ) -> None:
-        self.heir = Heir(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        self.heir = Heir(opt_state=opt_state, rewarm_steps=rewarm_steps, last_decay_fraction=None)
         self.loss = taught_loss(weight, temperature)
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, not {sequences}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ars_kit.spec import Birth, Parent, Seed
-from ars_kit_plugins.lineages import Heir, OptState
+from ars_kit_plugins.lineages import COOLING, Heir, OptState
 
 
 class Replay(Heir):
@@ -20,12 +20,23 @@ class Replay(Heir):
         share: of the sequences, that are read again.
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
+        last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
+            itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
     def __init__(
-        self, *, share: float = 0.125, opt_state: OptState = "derive", rewarm_steps: int = 10
+        self,
+        *,
+        share: float = 0.125,
+        opt_state: OptState = "derive",
+        rewarm_steps: int = 10,
+        last_decay_fraction: float | None = COOLING,
     ) -> None:
-        super().__init__(opt_state=opt_state, rewarm_steps=rewarm_steps)
+        super().__init__(
+            opt_state=opt_state,
+            rewarm_steps=rewarm_steps,
+            last_decay_fraction=last_decay_fraction,
+        )
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), not {share}")
         self.share = share

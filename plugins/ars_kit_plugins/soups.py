@@ -27,7 +27,7 @@ class Soup(Heir):
         opt_state: derive carries the parent's optimizer moments over; reset starts them at zero.
         rewarm_steps: optimizer steps in which the learning rate climbs back after birth.
         last_decay_fraction: share of the steps in which ``wsd`` decays of an heir that has no heirs
-            itself; none for the run's. 1 lets its rate fall from birth on.
+            itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:
