@@ -119,7 +119,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         if not isinstance(body, dict):
             raise ConfigError(f"{path}: {section!r} must stand in a section such as [train]")
         for key, value in body.items():
-            flat[f"{section}.{key}"] = None if value == "none" else value
+            flat[f"{section}.{key}"] = value
     return flat
 
 

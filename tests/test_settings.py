@@ -108,6 +108,16 @@ def test_frozen_file_reads_back_to_the_same(tmp_path: Path) -> None:
     assert set(settings.flat()) == set(keys())
 
 
+def test_a_text_that_is_called_none_is_read_back(tmp_path: Path) -> None:
+    settings = resolve({"data.source": "none"}, {})
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(settings), encoding="utf-8")
+    again = resolve({}, {}, file)
+    assert again.data.source == "none"
+    assert again.train.tokens is None
+    assert again.flat() == settings.flat()
+
+
 def test_differences_name_what_matters() -> None:
     old, new = resolve({}, {}), resolve({"train.lr": 1, "run.price_per_hour": 9}, {})
     assert differences(old, new) == ["train.lr: 0.012 -> 1.0"]
