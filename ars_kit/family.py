@@ -357,7 +357,11 @@ def blend(family: Family) -> list[dict[str, Any]]:
             )
         if bad := bad_name(made.name):
             raise PluginError(f"{cradle.who}: {bad}")
-        if not folder.has(made.name) and family.accelerator.is_main_process:
+        main = family.accelerator.is_main_process
+        if folder.has(made.name):
+            if main:
+                folder.heal_lineage(made.name, made.sources[-1])
+        elif main:
             model = build(made.config, seed=0)
             with counting() as account:
                 plant(model, made.weights, cradle.who, made.name)
@@ -368,7 +372,7 @@ def blend(family: Family) -> list[dict[str, Any]]:
             _commit(family, made.sources[-1], model, metrics, {HISTORY: b""}, quality)
         family.accelerator.wait_for_everyone()
         found.append(read_metrics(folder, made.name))
-        if family.accelerator.is_main_process:
+        if main:
             family.watcher.finished(found[-1])
     return found
 
