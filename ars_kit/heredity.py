@@ -329,7 +329,11 @@ class Ordering(Protocol):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """A strategy that makes more members of the finished ones."""
+    """A strategy that makes more members of the finished ones.
+
+    One that knows beforehand what it will call them has an attribute ``makes``, a tuple of these
+    names: then a family with a member of such a name is refused before it is trained.
+    """
 
     def finish(self, members: Sequence[Parent]) -> Iterable[Blend]:
         """Return further members, made of the family's cooled ones, in order of birth."""

@@ -86,6 +86,7 @@ def plan_members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
     choice = settings.family.strategy
     strategy: InheritanceStrategy = host.make("strategies", choice)
     roster = parse_roster(settings.family.members)
+    _require_free(roster, strategy, choice.name)
     configs = [member_config(settings, roster, member) for member in roster]
     train, context = settings.train, settings.data.sequence_length
     with host.blaming("strategies", choice.name, "asked who descends from whom"):
@@ -159,6 +160,20 @@ def _distinct(base: str | None, roster: Sequence[Member]) -> str | None:
     if not Path(base).is_dir():
         raise ConfigError(f"member {base!r} has the name of the base; name it otherwise")
     return f"./{base}"
+
+
+def _require_free(roster: Sequence[Member], strategy: InheritanceStrategy, chosen: str) -> None:
+    """Refuse members that are called what the strategy will call one that it makes in the end.
+
+    Raises:
+        ConfigError: one is.
+    """
+    made = getattr(strategy, "makes", ())
+    if taken := [member.name for member in roster if member.name in made]:
+        raise ConfigError(
+            f"member {taken[0]!r} has the name of what strategy {chosen!r} makes of the finished "
+            "members; name it otherwise"
+        )
 
 
 def _share(

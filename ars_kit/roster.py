@@ -30,7 +30,9 @@ from ars_kit.schema import Choice, coerce, did_you_mean, parse_choice
 SUFFIX = ".toml"
 DEEPEST = 10_000
 """Layers that nobody means to ask for."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_LONGEST = 100
+"""Characters of a name: file systems take some 255 bytes, and states lie under longer ones."""
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_LONGEST - 1}}}")
 _TAKEN = ("best", "controls", "trackers")
 
 
@@ -115,8 +117,8 @@ def bad_name(name: str) -> str | None:
     if _NAME.fullmatch(name) and name not in _TAKEN:
         return None
     return (
-        f"{name!r} cannot be a member's name: write letters, digits, _ and -, and none of "
-        f"{', '.join(_TAKEN)}"
+        f"{name!r} cannot be a member's name: write up to {_LONGEST} letters, digits, _ and -, and "
+        f"none of {', '.join(_TAKEN)}"
     )
 
 

@@ -104,5 +104,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_blend_may_be_called_what_a_member_may() -> None:
     assert bad_name("soup") is None
-    for name in ("controls", "best", "", "../x", "a b"):
+    assert bad_name("a" * 100) is None
+    for name in ("controls", "best", "", "../x", "a b", "a" * 101):
         assert "cannot be a member's name" in (bad_name(name) or "")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError
 from ars_kit.host import Host, Plugin
+from ars_kit.lineage import lineage_text, read_lineage, verify
 from ars_kit.models import flops_per_token, load_member, logits_difference
 from ars_kit.schedule import stable_steps
 from ars_kit.spec import Descent, Lesson, Offer, hookimpl
@@ -281,6 +282,23 @@ def test_a_soup_of_different_shapes_is_refused(run: Run) -> None:
     done = run("soup", "--members", "d2..d4")
     assert done.exit_code == 3
     assert "no two at the end of this family have one" in done.message
+
+
+def test_a_soup_that_a_kill_kept_out_of_the_lineage_enters_it(run: Run) -> None:
+    done = run("soup")
+    entries = read_lineage(done.out)
+    assert [e.member for e in entries] == ["a", "b", "c", "soup"]
+    (done.out / "lineage.json").write_text(lineage_text(entries[:-1]), encoding="utf-8")
+    assert run("soup").exit_code == 0
+    assert read_lineage(done.out) == entries
+    assert verify(done.out) == (["a", "b", "c", "soup"], [])
+
+
+def test_a_member_called_like_the_soup_is_refused_before_anything_trains(run: Run) -> None:
+    done = run("soup", "--members", "soup:num_hidden_layers=2; b:num_hidden_layers=2")
+    assert done.exit_code == 3
+    assert "member 'soup' has the name of what strategy 'soup' makes" in done.message
+    assert not done.members
 
 
 def test_what_cannot_be_repeated_is_refused_before_anything_trains(run: Run) -> None:

@@ -30,6 +30,8 @@ class Soup(Heir):
             itself; 1 lets its rate fall from birth on, none is the run's share.
     """
 
+    makes = (NAME,)
+
     def descents(self, configs: Sequence[PretrainedConfig]) -> Sequence[Descent]:
         """Return a chain, if at least two members at its end have one shape."""
         if _alike(configs) < 2:
