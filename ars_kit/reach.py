@@ -88,7 +88,7 @@ def family_points(run: RunRecord) -> Iterator[Spent]:
     """
     flops = seconds = 0.0
     price = run.settings.run.price_per_hour
-    for member in run.members:
+    for member in run.by_birth:
         for p in _own(member):
             at = seconds + p.seconds
             yield replace(p, flops=flops + p.flops, seconds=at, cost=at / 3600 * price)

@@ -73,6 +73,8 @@ class RunRecord:
         data: hashes of its text and its tokenizer; empty until the text was prepared.
         best: the member recorded as best, and the rule.
         plan: what was estimated before the start; None where it was not kept.
+        born: names of the committed members in order of birth, which is not that of ``members``
+            where the largest is trained first.
         problems: what is missing or damaged, a line each.
     """
 
@@ -85,7 +87,17 @@ class RunRecord:
     data: Mapping[str, str] = field(default_factory=dict)
     best: Mapping[str, Any] | None = None
     plan: Mapping[str, Any] | None = None
+    born: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+
+    @property
+    def by_birth(self) -> list[MemberRecord]:
+        """The members as they came one after another; those that are not finished behind."""
+        place = {name: i for i, name in enumerate(self.born)}
+        states: tuple[State, ...] = ("done", "training", "waiting")
+        return sorted(
+            self.members, key=lambda m: (place.get(m.name, len(place)), states.index(m.state))
+        )
 
     @property
     def finished(self) -> list[MemberRecord]:
@@ -151,6 +163,7 @@ def read_run(out: Path, label: str | None = None) -> RunRecord:
         data=_table(folder.private / "data.json", problems) or {},
         best=_table(out / BEST, problems),
         plan=_table(folder.private / PLAN_RECORD, problems),
+        born=tuple(entries),
         problems=tuple(problems),
     )
 

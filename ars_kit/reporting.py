@@ -164,7 +164,7 @@ def _by_member(curve: Sequence[Spent]) -> dict[str, list[Spent]]:
 def _training_lines(run: RunRecord) -> list[charts.Line]:
     found, spent = [], 0.0
     planned = {m["name"]: m["flops"] / m["steps"] for m in (run.plan or {}).get("members", [])}
-    for i, member in enumerate(run.members):
+    for i, member in enumerate(run.by_birth):
         rows = [r for r in member.history if not r["skipped"] and r["loss"] is not None]
         per_step = (
             member.metrics["flops"] / member.metrics["steps"]
@@ -212,7 +212,7 @@ def _bounded(member: MemberRecord, key: str) -> tuple[float, float, float] | Non
 
 
 def _damping(run: RunRecord) -> Iterator[Block]:
-    recorded = [m for m in run.members if m.history]
+    recorded = [m for m in run.by_birth if m.history]
     if not recorded:
         yield Text("No step was recorded, so there is nothing to see of damping.")
         return

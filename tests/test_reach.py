@@ -210,6 +210,15 @@ def test_nothing_is_claimed_over_an_ancestor_whose_cost_is_not_known() -> None:
     assert {p.member for p in shown} == {"d1"}  # where d2 would begin is not known
 
 
+def test_what_was_spent_is_counted_in_the_order_of_birth() -> None:
+    """Under ``prune`` the last of the members is the first to be trained."""
+    large, small = member("d2", [4.0, 3.0]), member("d1", [3.5, 2.5], parent="d2", before=10.0)
+    waiting = MemberRecord("d0", "waiting")
+    pruned = replace(run("family", waiting, small, large), born=("d2", "d1"))
+    found = [(p.member, p.flops) for p in family_points(pruned)]
+    assert found == [("d2", 0.0), ("d2", 10.0), ("d1", 10.0), ("d1", 20.0)]
+
+
 def test_other_text_is_refused_and_another_tokenizer_said() -> None:
     def other(**changes: Any) -> RunRecord:
         found = run("other", *CHAIN, **changes.pop("flags", {}))

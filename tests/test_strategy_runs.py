@@ -19,6 +19,7 @@ from ars_kit.errors import ArsKitError
 from ars_kit.host import Host, Plugin
 from ars_kit.lineage import lineage_text, read_lineage, verify
 from ars_kit.models import flops_per_token, load_member, logits_difference
+from ars_kit.records import read_run
 from ars_kit.schedule import stable_steps
 from ars_kit.spec import Descent, Lesson, Offer, hookimpl
 from ars_kit.states import States
@@ -261,6 +262,11 @@ def test_pruning_trains_the_largest_first(run: Run) -> None:
     assert [m["parent_model"] for m in done.members.values()] == [None, "d4", "d3"]
     assert [m["steps"] for m in done.members.values()] == [18, 12, 12]
     assert all(m["loss_flops"] > 0 for n, m in done.members.items() if n != "d4")
+    record = read_run(done.out)
+    assert [m.name for m in record.members] == ["d2", "d3", "d4"]
+    assert [m.name for m in record.by_birth] == ["d4", "d3", "d2"]
+    lines = (done.out / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"cumulative FLOPs: d4 ends at [\d.]+; d3 ends at [\d.]+; d2 ends", lines)
 
 
 def test_a_soup_is_the_average_of_the_last_of_one_shape(run: Run) -> None:
