@@ -15,7 +15,7 @@ from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
-from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, trained_otherwise
+from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, text_hashes, trained_otherwise
 from ars_kit.plan import RunPlan, require_batch
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
@@ -88,7 +88,7 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
         with accelerator.main_process_first():
             texts = open_texts(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
-            _freeze(folder, plan.settings, texts)
+            _freeze(folder, plan.settings, texts, is_control=note is not None)
             if not (folder.private / PLAN_RECORD).exists():
                 _keep(folder, PLAN_RECORD, plan.facts())
             if note is not None:
@@ -227,29 +227,50 @@ def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
         raise ConfigError(f"{otherwise[0]}. Put the file back, or start anew with --restart")
 
 
-def _freeze(folder: RunFolder, settings: Settings, texts: Mapping[str, Corpus]) -> None:
+def _freeze(
+    folder: RunFolder, settings: Settings, texts: Mapping[str, Corpus], *, is_control: bool
+) -> None:
     """Write what must not change over the run; refuse if a text did."""
-    record = folder.private / DATA_RECORD
-    facts = texts[settings.data.source].facts
-    now: dict[str, Any] = {"data": facts.data_hash, "tokenizer": facts.tokenizer_hash}
-    others = {s: c.facts.data_hash for s, c in texts.items() if s != settings.data.source}
-    now |= {"others": others} if others else {}
+    record, now = folder.private / DATA_RECORD, _hashes(settings, texts)
+    if is_control:  # else they could not be compared
+        family = folder.path.parents[1]
+        _require_unchanged(text_hashes(family) or now, now, settings, family)
     if not folder.holds_work():
         folder.start_anew()
     try:
         before = json.loads(record.read_text("utf-8")) if record.exists() else now
     except ValueError as error:
         raise IntegrityError(f"{record} is damaged: {error}; start anew with --restart") from error
-    if before != now:
-        known, main = before.get("others", {}), settings.data.source
-        moved = next((s for s in others if others[s] != known.get(s)), main)
-        name = moved if before.get("data") == now["data"] else main
-        raise ConfigError(
-            f"the text of {name!r} has changed since this run began in "
-            f"{folder.path}; put it back, or start anew with --restart"
-        )
+    _require_unchanged(before, now, settings, folder.path)
     _keep(folder, DATA_RECORD, now)
     folder.write_text(FROZEN, to_toml(settings))
+
+
+def _hashes(settings: Settings, texts: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Return what identifies a run's text, its tokenizer, and its members' texts."""
+    facts = texts[settings.data.source].facts
+    others = {s: c.facts.data_hash for s, c in texts.items() if s != settings.data.source}
+    more: dict[str, Any] = {"others": others} if others else {}
+    return {"data": facts.data_hash, "tokenizer": facts.tokenizer_hash, **more}
+
+
+def _require_unchanged(
+    before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings, out: Path
+) -> None:
+    """Refuse texts that are not those a run began with.
+
+    Raises:
+        ConfigError: one is not, named.
+    """
+    if before == now:
+        return
+    known, others, main = before.get("others", {}), now.get("others", {}), settings.data.source
+    moved = next((s for s in others if others[s] != known.get(s)), main)
+    name = moved if before.get("data") == now["data"] else main
+    raise ConfigError(
+        f"the text of {name!r} has changed since this run began in "
+        f"{out}; put it back, or start anew with --restart"
+    )
 
 
 def _keep(folder: RunFolder, name: str, facts: Mapping[str, Any]) -> None:

@@ -238,6 +238,30 @@ def test_a_signal_at_the_end_of_a_family_stops_its_controls(
     assert verify(tmp_path / "controls" / "no-ars") == (["d2"], [])
 
 
+def test_a_text_that_changes_while_the_family_trains_is_no_controls(
+    controlled: Path, host: Host, cache: Path, tmp_path: Path
+) -> None:
+    settings = frozen_settings(controlled)
+    text = tmp_path / "text"
+    shutil.copytree(settings.data.source, text)
+    settings = replace(
+        settings,
+        data=replace(settings.data, source=str(text)),
+        run=replace(settings.run, controls=("no-ars",)),
+        family=replace(settings.family, members="d2"),
+    )
+    (control,) = plan_controls(plan_run(settings, host), host)
+    plan, out = plan_run(without_controls(settings), host), tmp_path / "out"
+    execute(plan, host, out, cache, watcher=Quiet())
+    first = min(text.iterdir())
+    first.write_text(first.read_text(encoding="utf-8") + "More of it.\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"has changed since this run began in .*out; put it back"
+    ):
+        train_control(control, host, out, cache, watcher=Quiet(), stop=Stop())
+    assert not RunFolder(out / "controls" / "no-ars").members()
+
+
 def test_a_curve_changes_no_weight(
     controlled: Path, host: Host, cache: Path, tmp_path: Path
 ) -> None:
