@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,11 @@ from ars_kit.durable import disk_errors
 from ars_kit.errors import ConfigError, DataError
 from ars_kit.passages import Passages, PassageWriter
 from ars_kit.spec import DataSource, Passage
-from ars_kit.spool import FEW_DOCUMENTS, PARTS, Part, Progress, Split, Spool
+from ars_kit.spool import FEW_DOCUMENTS, PARTS, Division, Part, Progress, Split, Spool
 from ars_kit.tokenizer import TokenizerSpec, identify, make_tokenizer, tokenizer_hash, write_tokens
 from ars_kit.tokens import Ends, TokenStream
 
-FORMAT = 4
+FORMAT = 5
 TOKENIZER_BYTES = 64 << 20
 """Training text that a tokenizer learns from; more is sampled evenly down to this."""
 ABANDONED = 24 * 3600.0
@@ -71,6 +71,7 @@ class Corpus:
         tokenizer_dir: a tokenizer that transformers' AutoTokenizer loads.
         facts: what is known of it.
         passages: where the held-out documents begin and end.
+        division: which documents were cut, and which went to one side whole.
     """
 
     facts: CorpusFacts
@@ -79,6 +80,7 @@ class Corpus:
     heldout: TokenStream
     tokenizer_dir: Path
     passages: Sequence[Passage]
+    division: Division
 
     @property
     def heldout_bytes_per_token(self) -> float:
@@ -94,6 +96,7 @@ def prepare(
     heldout_fraction: float = 0.1,
     need_train: int = 1,
     need_heldout: int = 1,
+    beside: Collection[Corpus] = (),
     progress: Progress | None = None,
 ) -> Corpus:
     """Return the corpus of ``source``, from the cache where it was prepared before.
@@ -105,6 +108,8 @@ def prepare(
         heldout_fraction: share of the text never trained on.
         need_train: tokens the run needs at least for one batch.
         need_heldout: tokens it needs at least for one held-out window.
+        beside: corpora of the same fraction, of which nothing that is held out may be trained on
+            here, where both hold a document.
         progress: told a stage's name and a running count.
 
     Raises:
@@ -115,11 +120,20 @@ def prepare(
         "source": source.fingerprint(),
         "tokenizer": identify(tokenizer),
         "heldout_fraction": heldout_fraction,
+        **({"beside": [corpus.facts.data_hash for corpus in beside]} if beside else {}),
     }
     blob = json.dumps(identity, sort_keys=True, default=str).encode()
     folder = cache / hashlib.sha256(blob).hexdigest()[:DIGITS]
     if not _complete(folder):
-        _prepare_into(folder, source, tokenizer, heldout_fraction, identity, progress)
+        _prepare_into(
+            folder,
+            source,
+            tokenizer=tokenizer,
+            fraction=heldout_fraction,
+            divisions=[corpus.division for corpus in beside],
+            identity=identity,
+            progress=progress,
+        )
     corpus = _open(folder)
     for name, have, need in (
         ("training", corpus.facts.train_tokens, need_train),
@@ -136,8 +150,10 @@ def prepare(
 def _prepare_into(
     folder: Path,
     source: DataSource,
+    *,
     tokenizer: TokenizerSpec,
     fraction: float,
+    divisions: Sequence[Division],
     identity: Mapping[str, Any],
     progress: Progress | None,
 ) -> None:
@@ -159,6 +175,7 @@ def _prepare_into(
                     source,
                     tokenizer=tokenizer,
                     fraction=fraction,
+                    divisions=divisions,
                     identity=identity,
                     tell=progress or _silent,
                 )
@@ -179,12 +196,14 @@ def _fill(
     *,
     tokenizer: TokenizerSpec,
     fraction: float,
+    divisions: Sequence[Division],
     identity: Mapping[str, Any],
     tell: Progress,
 ) -> CorpusFacts:
     """Write the tokenizer and both token files into ``temp``."""
     spool.fill(source, tell)
-    spool.divide(fraction)
+    spool.divide(fraction, divisions)
+    spool.division.save(temp)
     tell("training the tokenizer", len(spool.lengths))
     made = make_tokenizer(tokenizer, spool.sample(TOKENIZER_BYTES), temp / "tokenizer")
     dtype = np.dtype("uint16" if made.size <= 1 << 16 else "uint32")
@@ -261,6 +280,7 @@ def _complete(folder: Path) -> bool:
             all((folder / f"{p}.bin").stat().st_size == size for p, size in sizes.items())
             and _ends(folder)[-1:].sum() == facts.train_tokens
             and Passages(folder).tokens == facts.heldout_tokens
+            and len(Division.load(folder).whole) == facts.documents
             and tokenizer_hash(folder / "tokenizer") == facts.tokenizer_hash
         )
     except (OSError, EOFError, ValueError, TypeError, IndexError):
@@ -277,7 +297,8 @@ def _open(folder: Path) -> Corpus:
 
     train = stream("train", facts.train_tokens)
     heldout = stream("heldout", facts.heldout_tokens)
-    return Corpus(facts, train, _ends(folder), heldout, folder / "tokenizer", Passages(folder))
+    ends, passages, division = _ends(folder), Passages(folder), Division.load(folder)
+    return Corpus(facts, train, ends, heldout, folder / "tokenizer", passages, division)
 
 
 def _ends(folder: Path) -> Ends:

@@ -36,6 +36,7 @@ from ars_kit.source import NamedSource, parse_source
 from ars_kit.spec import Assessment
 from ars_kit.spool import Progress
 from ars_kit.store import locate
+from ars_kit.texts import open_texts
 from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
 from ars_kit.tokens import heldout_windows
 
@@ -204,7 +205,23 @@ def _before(court: Court, path: Path) -> tuple[Court, Corpus]:
     )
     settings = dataclasses.replace(court.settings, data=data)
     court = dataclasses.replace(court, settings=settings, whole=False)
-    return court, _heard(court, path)
+    return court, _as_trained(court, path, corpus.facts.data_hash) or _heard(court, path)
+
+
+def _as_trained(court: Court, path: Path, text: str) -> Corpus | None:
+    """Return a text that members of a model's run had of their own, divided as it was there.
+
+    None where it is the run's own, which no other text has a say in, or where the run's texts are
+    not all there any more.
+    """
+    if text == text_hashes(path.parent).get("data"):
+        return None
+    run = resolve({}, {}, path.parent / FROZEN)
+    try:
+        texts = open_texts(run, court.host, court.cache, court.watcher.preparing)
+    except ArsKitError:
+        return None
+    return next((corpus for corpus in texts.values() if corpus.facts.data_hash == text), None)
 
 
 def _trained_on(out: Path) -> set[str]:

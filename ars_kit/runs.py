@@ -11,12 +11,12 @@ from typing import Any
 
 from ars_kit.choosing import choose, record_best, usual_metric
 from ars_kit.controls import Control
-from ars_kit.data import Corpus, prepare
+from ars_kit.data import Corpus
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
 from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, text_hashes, trained_otherwise
-from ars_kit.plan import RunPlan, require_batch
+from ars_kit.plan import RunPlan
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
 from ars_kit.reporting import write_report
@@ -25,10 +25,10 @@ from ars_kit.roster import parse_roster
 from ars_kit.rules import Aim, Rule
 from ars_kit.settings import Settings, differences, to_toml
 from ars_kit.shardable import require_shardable
-from ars_kit.source import NamedSource, parse_source
+from ars_kit.source import parse_source
 from ars_kit.spool import Progress
 from ars_kit.store import BEST, RunFolder, control_folder
-from ars_kit.tokenizer import Pretrained, TokenizerSpec, TrainBPE
+from ars_kit.texts import open_texts
 from ars_kit.tracking import tracking
 from ars_kit.trainee import Stop
 from ars_kit.watching import FamilyWatcher
@@ -164,53 +164,6 @@ def check_folder(out: Path, settings: Settings, host: Host, *, restart: bool) ->
 
 def _same_folder(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
-
-
-def open_corpus(
-    settings: Settings, host: Host, cache: Path, progress: Progress | None = None
-) -> Corpus:
-    """Prepare the run's text, or find it in the cache."""
-    base = settings.family.base
-    spec: TokenizerSpec = Pretrained(base) if base else TrainBPE(settings.family.vocab_size)
-    return _prepared(settings.data.source, spec, settings, host, cache, progress)
-
-
-def open_texts(
-    settings: Settings, host: Host, cache: Path, progress: Progress | None = None
-) -> dict[str, Corpus]:
-    """Prepare the run's text and those of its members, or find them in the cache.
-
-    Returns:
-        By source as it was written; the run's first, whose tokenizer serves them all.
-    """
-    base, main = settings.family.base, settings.data.source
-    found = {main: open_corpus(settings, host, cache, progress)}
-    ours = Pretrained(str(found[main].tokenizer_dir), ours=True)
-    spec = Pretrained(base) if base else ours
-    for text in (member.data for member in parse_roster(settings.family.members)):
-        if text is not None and text not in found:
-            found[text] = _prepared(text, spec, settings, host, cache, progress)
-    return found
-
-
-def _prepared(
-    source: str,
-    tokenizer: TokenizerSpec,
-    settings: Settings,
-    host: Host,
-    cache: Path,
-    progress: Progress | None,
-) -> Corpus:
-    train, heldout = require_batch(settings)
-    return prepare(
-        NamedSource(host, parse_source(source, host)),
-        tokenizer=tokenizer,
-        cache=cache,
-        heldout_fraction=settings.data.heldout_fraction,
-        need_train=train,
-        need_heldout=heldout,
-        progress=progress,
-    )
 
 
 def _require_same_plan(folder: RunFolder, settings: Settings) -> None:

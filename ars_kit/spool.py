@@ -6,9 +6,13 @@ import codecs
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from ars_kit.errors import DataError
 from ars_kit.spec import DataSource
@@ -19,6 +23,7 @@ SHORT = 2048
 """Bytes below which a document is not cut by span where most of the text is in longer ones."""
 SPAN_GAP = 0.01
 """Share of a document between its training span and its held-out span that is used for neither."""
+DIVISION = "division.npy"
 PIECE = 64 << 10
 """Bytes of a document that are decoded and tokenized at once."""
 
@@ -26,6 +31,38 @@ Split = Literal["documents", "spans"]
 Part = Literal["train", "heldout"]
 PARTS: tuple[Part, Part] = ("train", "heldout")
 Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How a text is divided: which of its documents go to one side whole, and which are cut.
+
+    Attributes:
+        marks: of the documents' content, rising, shape (n_documents,); there is one at least.
+        whole: whether each goes whole, likewise.
+    """
+
+    marks: npt.NDArray[np.uint64]
+    whole: npt.NDArray[np.bool_]
+
+    @classmethod
+    def load(cls, folder: Path) -> Division:
+        """Read what :meth:`save` wrote."""
+        kept = np.load(folder / DIVISION)
+        return cls(kept["mark"], kept["whole"])
+
+    def save(self, folder: Path) -> None:
+        """Write it."""
+        kept = np.empty(len(self.marks), dtype=[("mark", np.uint64), ("whole", np.bool_)])
+        kept["mark"], kept["whole"] = self.marks, self.whole
+        np.save(folder / DIVISION, kept)
+
+    def over(
+        self, marks: npt.NDArray[np.uint64], whole: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """Return ``whole`` for documents of these marks, as it is here where they are here too."""
+        at = np.searchsorted(self.marks, marks).clip(max=len(self.marks) - 1)
+        return np.where(self.marks[at] == marks, self.whole[at], whole)
 
 
 class Spool:
@@ -45,7 +82,8 @@ class Spool:
         self.split: Split = "documents"
         self.data_hash = ""
         self._fraction = 0.0
-        self._shortest = 0  # in bytes, of the documents that are cut by span
+        self.division = Division(np.zeros(0, np.uint64), np.zeros(0, np.bool_))
+        self._whole = b""  # of each document in order: whether it goes to one side whole
         self._seen: set[bytes] = set()
 
     def fill(self, source: DataSource, tell: Progress) -> None:
@@ -91,8 +129,15 @@ class Spool:
         self._origins.write(json.dumps(origin) + "\n")
         return end
 
-    def divide(self, fraction: float) -> None:
-        """Hold out documents by their content's hash, or a span of each where that is unfair."""
+    def divide(self, fraction: float, others: Sequence[Division] = ()) -> None:
+        """Hold out documents by their content's hash, or a span of each where that is unfair.
+
+        Args:
+            fraction: of the text that is held out.
+            others: divisions of texts by the same fraction: what the first of them that holds a
+                document does with it is done here too, so that what is held out there is not
+                trained on here.
+        """
         self._fraction = fraction
         total = sum(self.lengths)
         pairs = zip(self.lengths, self.marks, strict=True)
@@ -100,7 +145,14 @@ class Spool:
         fair = 0.5 * fraction <= held / total <= 2 * fraction
         self.split = "documents" if fair and len(self.lengths) >= FEW_DOCUMENTS else "spans"
         long = sum(length for length in self.lengths if length >= SHORT)
-        self._shortest = SHORT if long >= total / 2 else 0
+        shortest = SHORT if long >= total / 2 else 0
+        marks, lengths = np.asarray(self.marks, np.uint64), np.asarray(self.lengths, np.int64)
+        whole = (lengths < shortest) | (self.split == "documents")
+        for other in reversed(others):
+            whole = other.over(marks, whole)
+        order = np.argsort(marks, kind="stable")
+        self.division = Division(marks[order], whole[order])
+        self._whole = whole.astype(np.uint8).tobytes()
 
     def _is_held(self, mark: int) -> bool:
         return mark < int(self._fraction * 2**64)
@@ -120,9 +172,10 @@ class Spool:
     def _ranges(self, part: Part) -> Iterator[tuple[int, int, int]]:
         """Yield each text's number among all documents, its begin and its end."""
         start = 0
-        for number, (length, mark) in enumerate(zip(self.lengths, self.marks, strict=True)):
+        documents = zip(self.lengths, self.marks, self._whole, strict=True)
+        for number, (length, mark, whole) in enumerate(documents):
             stop = start + length
-            if self.split == "documents" or length < self._shortest:
+            if whole:
                 if self._is_held(mark) == (part == "heldout"):
                     yield number, start, stop
             else:

@@ -132,6 +132,30 @@ def test_nothing_held_out_is_trained_on(
     assert 0.04 < share < 0.2
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [("spans", "documents"), ("documents", "spans")])
+def test_what_is_held_out_of_one_text_is_trained_on_in_none_beside_it(
+    tmp_path: Path, mine: str, theirs: str
+) -> None:
+    """A large text is divided by document, the same documents among a few others by span."""
+    large = make_text(200)
+    corpus = corpus_of(large, tmp_path)
+    both = documents_of(corpus, "heldout" if mine == "documents" else "train")
+    few = [*both[:5], *make_text(5, seed=1)]
+    if mine == "spans":
+        large, few = few, large
+        corpus = corpus_of(large, tmp_path)
+    spec = Pretrained(str(corpus.tokenizer_dir), ours=True)
+    alone = prepare(Texts(few), tokenizer=spec, cache=tmp_path)
+    other = prepare(Texts(few), tokenizer=spec, cache=tmp_path, beside=[corpus])
+    assert (corpus.facts.split, other.facts.split) == (mine, theirs)
+    heldout = labels(text_of(corpus, "heldout"))
+    assert heldout & labels(text_of(alone, "train"))  # which is why it is told of the other
+    assert not heldout & labels(text_of(other, "train"))
+    assert not labels(text_of(other, "heldout")) & labels(text_of(other, "train"))
+    again = prepare(Texts(few), tokenizer=spec, cache=tmp_path, beside=[corpus])
+    assert again.tokenizer_dir == other.tokenizer_dir != alone.tokenizer_dir
+
+
 def test_short_documents_beside_a_long_one_stay_whole(tmp_path: Path) -> None:
     short = [f"{i}: a line" for i in range(100)]
     corpus = corpus_of(["\n".join(make_text(100)), *short], tmp_path)
@@ -225,7 +249,16 @@ def test_a_second_run_reads_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.bin", "heldout.bin", "corpus.json", "tokenizer", "passages.npy", "train.ends"]
+    "name",
+    [
+        "train.bin",
+        "heldout.bin",
+        "corpus.json",
+        "tokenizer",
+        "passages.npy",
+        "train.ends",
+        "division.npy",
+    ],
 )
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str) -> None:
     source = Texts(make_text(30))

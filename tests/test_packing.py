@@ -28,8 +28,9 @@ from ars_kit.models import build
 from ars_kit.packing import forward, keeps_apart
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
-from ars_kit.runs import execute, open_corpus
+from ars_kit.runs import execute
 from ars_kit.source import NamedSource, parse_source
+from ars_kit.texts import open_corpus
 from ars_kit.tokenizer import Pretrained
 from ars_kit.tokens import Batches, Replayed, positions_in
 

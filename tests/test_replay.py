@@ -12,22 +12,25 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Quiet
+from conftest import Quiet, make_text
 from safetensors.torch import load_file
 
 from ars_kit.births import _windows
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.evaluating import evaluate
 from ars_kit.family import _judged
 from ars_kit.host import Host
 from ars_kit.members import placed
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
-from ars_kit.runs import execute, open_texts
+from ars_kit.runs import execute
 from ars_kit.schema import Choice
 from ars_kit.spec import Assessment
 from ars_kit.states import States
+from ars_kit.texts import open_texts
+from ars_kit.tokenizer import load_fast
 from ars_kit.tokens import Batches, Replayed
 
 LENGTH = 4
@@ -265,6 +268,51 @@ def test_text_that_spells_the_separator_is_text_in_every_text(
     for corpus in texts.values():
         ends = int((corpus.train == 0).sum() + (corpus.heldout == 0).sum())
         assert 0 < ends <= 2 * corpus.facts.documents  # twice where documents are divided
+
+
+def test_a_text_that_holds_documents_of_the_runs_is_divided_like_it(
+    tmp_path: Path, cache: Path
+) -> None:
+    """A run on a few documents, by span, of which a member's many are some, by document."""
+    many, few = tmp_path / "many.jsonl", tmp_path / "few.jsonl"
+    documents = make_text(200)
+    many.write_text("".join(json.dumps(text) + "\n" for text in documents), encoding="utf-8")
+    few.write_text("".join(json.dumps(text) + "\n" for text in documents[:6]), encoding="utf-8")
+    flags = {
+        "family.members": f"a:num_hidden_layers=2; b:num_hidden_layers=2,data={many}",
+        "family.vocab_size": 300, "train.iterations": (2, 2), "train.batch_size": 4,
+        "data.source": str(few), "data.sequence_length": 32,
+    }  # fmt: skip
+    settings, host = resolve(flags, {}), Host.installed()
+    texts = open_texts(settings, host, cache)
+    assert [c.facts.split for c in texts.values()] == ["spans", "documents"]
+    core = load_fast(texts[str(few)].tokenizer_dir)
+    heldout, train = (
+        core.decode(list(s)) for s in (texts[str(few)].heldout, texts[str(many)].train)
+    )
+    lines = heldout.split("\n")[1:-1]
+    assert len(lines) > 10
+    assert not [line for line in lines if len(line) > 30 and line in train]
+    out = tmp_path / "out"
+    metrics, _ = execute(plan_run(settings, host), host, out, cache, watcher=Quiet())
+    (found,) = evaluate(
+        ["b"], host, out, cache, {"data.source": str(many)}, watcher=Silent(), fresh=True
+    )
+    assert found["heldout_loss"] == pytest.approx(metrics[1]["own_heldout_loss"], abs=1e-6)
+
+
+class Silent:
+    """Hears of a judging, and says nothing."""
+
+    def preparing(self, stage: str, count: int) -> None: ...
+
+    def judging(self, model: str, evaluator: str) -> None: ...
+
+    def share(self, done: float) -> None: ...
+
+    def judged(self, model: str, evaluator: str, *, cached: bool) -> None: ...
+
+    def unkept(self, reason: str) -> None: ...
 
 
 def test_replay_keeps_what_a_shift_would_lose(runs: Any) -> None:

@@ -61,7 +61,8 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         from ars_kit.plan import estimate, plan_run
         from ars_kit.report import COLUMNS, markdown_table, row_of
         from ars_kit.reporting import write_report
-        from ars_kit.runs import check_folder, execute, open_texts
+        from ars_kit.runs import check_folder, execute
+        from ars_kit.texts import open_texts
         from ars_kit.trainee import Stop
 
     plan = fitted_plan(with_curve(plan_run(settings, host)), host, out)

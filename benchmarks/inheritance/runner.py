@@ -23,9 +23,10 @@ from ars_kit.host import Host
 from ars_kit.models import load_member
 from ars_kit.plan import pick_device, plan_run
 from ars_kit.resolving import resolve
-from ars_kit.runs import execute, open_corpus
+from ars_kit.runs import execute
 from ars_kit.settings import Settings
 from ars_kit.store import RunFolder
+from ars_kit.texts import open_corpus
 from ars_kit.tokens import heldout_windows
 from inheritance.arms import ARMS
 from inheritance.scale import SCALES, Scale
