@@ -193,8 +193,9 @@ def _quality(run: RunRecord) -> Iterator[Block]:
         told = ", ".join(f"{n} {v[1]:.3f}" for n, v in zip(names, values, strict=True) if v)
         alt = f"Held-out bits per byte of each member: {told}. Lower is better."
         error = any(v and v[0] < v[2] for v in values)
+        parts = " or ".join(dict.fromkeys(sections.parts_of(m.metrics) for m in run.finished))
         caption = "Held-out bits per byte; lower is better" + (
-            ". Bars: 95 % interval over documents" if error else ""
+            f". Bars: 95 % interval over {parts}" if error else ""
         )
         plot = charts.dots("Quality", alt, names, {"bits per byte": values}, y="bits per byte")
         yield Figure(caption, alt, plot)

@@ -182,6 +182,12 @@ def interval(metrics: Any, key: str) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
+def parts_of(metrics: Any) -> str:
+    """Return what the interval of bits per byte was drawn from: few documents are cut."""
+    note = (metrics.get("notes") or {}).get("perplexity", "")
+    return "passages" if " passages of " in note else "documents"
+
+
 def gates_table(run: RunRecord) -> Table:
     """Return each gate's mean factor for each member; 1 is undamped."""
     gates = list(dict.fromkeys(g for m in run.finished for g in m.metrics["gates"]))

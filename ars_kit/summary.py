@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ars_kit.comparison import Comparison, Reached
 from ars_kit.records import RunRecord
-from ars_kit.sections import interval
+from ars_kit.rules import unalike
+from ars_kit.sections import interval, parts_of
 from ars_kit.spread import Spread
 
 DECISIVE = ("no-growth", "one-long-run", "scratch", "no-ars")
@@ -23,14 +24,16 @@ def _best(run: RunRecord) -> str:
     if not judged:
         done, all_ = len(run.finished), len(run.members)
         return f"{done} of {all_} members are finished, and none has been judged on held-out text."
+    rest = "" if run.is_complete else f" so far, {len(run.finished)} of {len(run.members)} finished"
+    if told := unalike(((m.name, m.metrics) for m in judged), "bits_per_byte"):
+        return f"Of {len(judged)} members none can be called best on held-out text{rest}: {told}."
     best = min(judged, key=lambda m: m.metrics["bits_per_byte"])
     bounds = interval(best.metrics, "bits_per_byte")
     within = (
         ""
         if bounds is None
-        else f" (95 % interval over documents {bounds[0]:.4f} to {bounds[1]:.4f})"
+        else f" (95 % interval over {parts_of(best.metrics)} {bounds[0]:.4f} to {bounds[1]:.4f})"
     )
-    rest = "" if run.is_complete else f" so far, {len(run.finished)} of {len(run.members)} finished"
     return (
         f"Of {len(judged)} members {best.name} is best on held-out text{rest}: "
         f"{best.metrics['bits_per_byte']:.4f} bits per byte{within}."

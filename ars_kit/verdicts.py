@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from ars_kit.records import MemberRecord, RunRecord
+from ars_kit.rules import unalike
 
 Verdict = Literal["holds", "does not hold", "not measured here"]
 SAME = 0.10
@@ -37,29 +38,33 @@ class Check:
 def checks(run: RunRecord) -> list[Check]:
     """Return the plan's checklist for a run, finished or not."""
     members = run.finished
+    names = {m.name for m in run.members}
     trained = [m for m in members if m.metrics.get("steps")]
-    heirs = [m for m in trained if m.metrics["parent_model"] is not None]
+    heirs = [m for m in trained if m.metrics["parent_model"] in names]
     equally = len({m.metrics["steps"] for m in heirs}) == 1  # some may have tokens of their own
     times = _of(heirs, "training_time") if equally else []
+    # Losses on texts of their own say nothing about each other, nor do those judged otherwise.
+    one_text = trained if len({m.metrics.get("data_hash") for m in trained}) == 1 else []
+    alike = unalike(((m.name, m.metrics) for m in members), "bits_per_byte") is None
     spread = [(m.name, _unsteadiness(m)) for m in trained]
     if not any(value for _, value in spread):  # nothing was ever damped
         spread = [(name, None) for name, _ in spread]
+    converged = _of(one_text, "convergence_iterations")
     return [
-        _trend("training loss", "falls", _of(trained, "final_loss"), "{:.3f}"),
-        _equal("time", "stays equal", times, "{:.1f} s"),
+        _trend("training loss", "falls", _of(one_text, "final_loss"), (3, "")),
+        _equal("time", "stays equal", times, (1, " s")),
+        _trend("convergence", "gets faster", converged, (0, " iterations")),
+        _trend("damping", "gets steadier", spread, (3, "")),
+        _equal("VRAM", "stays equal", _of(trained, "vram_usage_peak"), (2, " GB")),
         _trend(
-            "convergence",
-            "gets faster",
-            _of(trained, "convergence_iterations"),
-            "{:.0f} iterations",
+            "quality", "rises", _of(members if alike else [], "bits_per_byte"), (3, " bits/byte")
         ),
-        _trend("damping", "gets steadier", spread, "sd {:.3f}"),
-        _equal("VRAM", "stays equal", _of(trained, "vram_usage_peak"), "{:.2f} GB"),
-        _trend("quality", "rises", _of(members, "bits_per_byte"), "{:.3f} bits/byte"),
     ]
 
 
 Figures = Sequence[tuple[str, float | None]]
+Form = tuple[int, str]
+"""Decimals that are enough as a rule, and the unit."""
 
 
 def _of(members: Sequence[MemberRecord], key: str) -> Figures:
@@ -73,12 +78,12 @@ def _unsteadiness(member: MemberRecord) -> float | None:
     return statistics.pstdev(taken) if taken else None
 
 
-def _trend(metric: str, expected: str, figures: Figures, form: str) -> Check:
+def _trend(metric: str, expected: str, figures: Figures, form: Form) -> Check:
     """Judge a figure that is to go down from member to member."""
     return _judge(metric, expected, figures, form, _falls)
 
 
-def _equal(metric: str, expected: str, figures: Figures, form: str) -> Check:
+def _equal(metric: str, expected: str, figures: Figures, form: Form) -> Check:
     return _judge(metric, expected, figures, form, _alike)
 
 
@@ -86,7 +91,7 @@ def _judge(
     metric: str,
     expected: str,
     figures: Figures,
-    form: str,
+    form: Form,
     rule: Callable[[Sequence[float]], tuple[bool, str]],
 ) -> Check:
     there = [(name, value) for name, value in figures if value is not None]
@@ -94,8 +99,15 @@ def _judge(
         return Check(metric, expected, "-", "not measured here")
     (first, start), (last, end) = there[0], there[-1]
     holds, how = rule([value for _, value in there])
-    found = f"{first} {form.format(start)}, {last} {form.format(end)}; {how}"
+    decimals, unit = form
+    shown = _decimals(decimals, lambda n: (f"{start:.{n}f}" == f"{end:.{n}f}") == (start == end))
+    found = f"{first} {start:.{shown}f}{unit}, {last} {end:.{shown}f}{unit}; {how}"
     return Check(metric, expected, found, "holds" if holds else "does not hold")
+
+
+def _decimals(least: int, tells: Callable[[int], bool]) -> int:
+    """Return the decimals from which on a figure says what its verdict says."""
+    return next((n for n in range(least, least + 6) if tells(n)), least)
 
 
 def _falls(values: Sequence[float]) -> tuple[bool, str]:
@@ -108,5 +120,6 @@ def _falls(values: Sequence[float]) -> tuple[bool, str]:
 
 def _alike(values: Sequence[float]) -> tuple[bool, str]:
     low, high = min(values), max(values)
-    ratio = high / low if low else float("inf")
-    return high <= low * (1 + SAME), f"largest is {ratio:.2f} times the smallest"
+    ratio, holds = high / low if low else float("inf"), high <= low * (1 + SAME)
+    shown = _decimals(2, lambda n: (round(ratio, n) <= 1 + SAME) == holds)
+    return holds, f"largest is {ratio:.{shown}f} times the smallest"

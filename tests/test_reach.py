@@ -288,6 +288,41 @@ def test_time_that_grows_is_not_equal() -> None:
     assert "largest is 1.15 times the smallest" in time.found
 
 
+def test_no_figure_is_rounded_to_what_its_verdict_denies() -> None:
+    heirs = [member("d1", [4.0, 3.0004]), member("d2", [3.0, 2.0], parent="d1", training_time=2.0),
+             member("d3", [2.0, 3.0001], parent="d2", training_time=2.208)]  # fmt: skip
+    found = {c.metric: c for c in checks(run("family", *heirs))}
+    assert (found["time"].verdict, found["quality"].verdict) == ("does not hold", "does not hold")
+    assert "largest is 1.104 times the smallest" in found["time"].found
+    assert found["quality"].found.startswith("d1 3.0004 bits/byte, d3 3.0001 bits/byte")
+
+
+def test_losses_on_different_texts_or_judged_otherwise_are_no_trend() -> None:
+    notes = {"perplexity": "windows of 32"}, {"perplexity": "stride 8"}
+    chain = [member("d1", [4.0, 3.0], data_hash="a", notes=notes[0]),
+             member("d2", [3.0, 2.0], parent="d1", data_hash="b", notes=notes[1])]  # fmt: skip
+    found = {c.metric: c.verdict for c in checks(run("family", *chain))}
+    for metric in ("training loss", "convergence", "quality"):
+        assert found[metric] == "not measured here"
+    best, *_ = summary(run("family", *chain), compare_runs([run("family", *chain)]))
+    assert best.startswith("Of 2 members none can be called best on held-out text: bits_per_byte")
+
+
+def test_an_interval_says_what_it_was_drawn_from() -> None:
+    bounds = {"bits_per_byte_low": 2.9, "bits_per_byte_high": 3.1}
+    for note, parts in (("9 documents", "documents"), ("30 passages of 1 document", "passages")):
+        one = member("d1", [4.0, 3.0], notes={"perplexity": f"interval over {note}"}, **bounds)
+        best, *_ = summary(run("family", one), compare_runs([run("family", one)]))
+        assert f"(95 % interval over {parts} 2.9000 to 3.1000)" in best
+
+
+def test_what_a_base_bore_is_no_heir_of_the_family() -> None:
+    heirs = member("d2", [3.0, 2.0], parent="d1"), member("d3", [2.0, 1.0], parent="d2")
+    chain = member("d1", [4.0, 3.5, 3.0], parent="path/to/base"), *heirs
+    (time,) = [c for c in checks(run("family", *chain)) if c.metric == "time"]
+    assert time.verdict == "holds"
+
+
 def test_the_time_of_heirs_with_tokens_of_their_own_is_not_compared() -> None:
     heirs = [member("d1", [4.0, 3.0]), member("d2", [3.0, 2.0], parent="d1"),
              member("d3", [2.0, 1.5, 1.0], parent="d2")]  # fmt: skip
