@@ -262,6 +262,12 @@ def _comparable(first: RunRecord, run: RunRecord) -> list[str]:
             f"{run.label} was trained on other text than {first.label} (data sha256 "
             f"{theirs['data'][:12]}, not {ours['data'][:12]}): their figures cannot be compared"
         )
+    mine, yours = ours.get("others") or {}, theirs.get("others") or {}
+    if moved := [source for source in mine if yours.get(source, mine[source]) != mine[source]]:
+        raise ConfigError(
+            f"members of {run.label} were trained on other text than those of {first.label}: "
+            f"{moved[0]!r} had changed between them; their figures cannot be compared"
+        )
     before, after = first.settings.flat(), run.settings.flat()
     for key in SAME_TEXT:
         if before[key] != after[key]:
@@ -277,11 +283,14 @@ def _comparable(first: RunRecord, run: RunRecord) -> list[str]:
         )
     if before["data.sequence_length"] != after["data.sequence_length"]:
         notes.append(f"{run.label} was judged with another context than {first.label}")
-    devices = {m.metrics["device"] for r in (first, run) for m in r.finished}
-    if len(devices) > 1:
-        notes.append(
-            f"{run.label} ran on another device than {first.label}: time is not comparable"
-        )
+    members = [m for r in (first, run) for m in r.finished]
+    for key, at, what, told in (
+        ("device", "on", "device", "time"),
+        ("price_per_hour", "at", "price", "cost"),
+    ):
+        if len({m.metrics[key] for m in members if key in m.metrics}) > 1:
+            how = f"several {what}s" if run is first else f"another {what} than {first.label}"
+            notes.append(f"{run.label} ran {at} {how}: {told} is not comparable")
     return notes
 
 
@@ -309,6 +318,8 @@ def _row(
         why = f"the family has no finished member {member.name}"
     elif ours.data.get("tokenizer") != run.data.get("tokenizer"):
         why = "another tokenizer"
+    elif ours.settings.data.sequence_length != run.settings.data.sequence_length:
+        why = "another context"
     elif not member.curve or not against.curve:
         why = "no held-out curve was drawn"
     elif not all(m.metrics for m in (*path_to(run, member.name), *path_to(ours, against.name))):

@@ -64,21 +64,21 @@ def points(run: RunRecord, name: str, *, ancestors: bool) -> list[Spent]:
     line = path_to(run, name)
     line = line if ancestors else line[-1:]
     found: list[Spent] = []
-    flops = seconds = 0.0
+    flops = seconds = cost = 0.0
     for member, heir in zip(line, [*line[1:], None], strict=True):
         # What the heir took over of it, in FLOPs: all, or what its branch had cost.
         share = float("inf") if heir is None else _inherited(member, heir)
         found += [
-            replace(p, flops=p.flops + flops, seconds=p.seconds + seconds)
-            for p in _own(member)
+            replace(p, flops=p.flops + flops, seconds=p.seconds + seconds, cost=p.cost + cost)
+            for p in _own(run, member)
             if p.flops <= share * (1 + 1e-9)
         ]
         if heir is not None and member.metrics:
             whole = member.metrics["total_flops"]
             flops += share
-            seconds += member.metrics["training_time"] * (share / whole if whole else 1.0)
-    price = run.settings.run.price_per_hour
-    return [replace(p, cost=p.seconds / 3600 * price) for p in found]
+            taken = member.metrics["training_time"] * (share / whole if whole else 1.0)
+            seconds, cost = seconds + taken, cost + taken / 3600 * _price(run, member)
+    return found
 
 
 def family_points(run: RunRecord) -> Iterator[Spent]:
@@ -86,16 +86,15 @@ def family_points(run: RunRecord) -> Iterator[Spent]:
 
     It ends with a member whose cost is not known: in training, or with damaged figures.
     """
-    flops = seconds = 0.0
-    price = run.settings.run.price_per_hour
+    flops = seconds = cost = 0.0
     for member in run.by_birth:
-        for p in _own(member):
-            at = seconds + p.seconds
-            yield replace(p, flops=flops + p.flops, seconds=at, cost=at / 3600 * price)
+        for p in _own(run, member):
+            yield replace(p, flops=flops + p.flops, seconds=seconds + p.seconds, cost=cost + p.cost)
         if not member.metrics:
             return
         flops += member.metrics["total_flops"]
-        seconds += member.metrics["training_time"]
+        taken = member.metrics["training_time"]
+        seconds, cost = seconds + taken, cost + taken / 3600 * _price(run, member)
 
 
 def first_at(curve: list[Spent], loss: float) -> Spent | None:
@@ -121,11 +120,22 @@ def first_at(curve: list[Spent], loss: float) -> Spent | None:
     return None
 
 
-def _own(member: MemberRecord) -> list[Spent]:
+def _price(run: RunRecord, member: MemberRecord) -> float:
+    """Return what an hour of a member cost: a run may go on at another price."""
+    return float(member.metrics.get("price_per_hour", run.settings.run.price_per_hour))
+
+
+def _own(run: RunRecord, member: MemberRecord) -> list[Spent]:
     """Return a member's own points, from its birth, which may have cost something, on."""
-    birth = member.metrics.get("setup_flops", 0.0)
+    birth, price = member.metrics.get("setup_flops", 0.0), _price(run, member)
     return [
-        Spent(member.name, row["loss"], birth + row["flops"], row["seconds"], 0.0)
+        Spent(
+            member.name,
+            row["loss"],
+            birth + row["flops"],
+            row["seconds"],
+            row["seconds"] / 3600 * price,
+        )
         for row in member.curve
         if row["loss"] is not None
     ]

@@ -84,7 +84,7 @@ class RunRecord:
     members: tuple[MemberRecord, ...]
     control: Mapping[str, Any] | None = None
     controls: tuple[RunRecord, ...] = ()
-    data: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     best: Mapping[str, Any] | None = None
     plan: Mapping[str, Any] | None = None
     born: tuple[str, ...] = ()

@@ -235,6 +235,36 @@ def test_other_text_is_refused_and_another_tokenizer_said() -> None:
     assert {row.why for row in found.reached} == {"another tokenizer"}
 
 
+def test_a_members_text_that_changed_between_two_runs_is_refused() -> None:
+    def with_texts(label: str, seed: int, **others: str) -> RunRecord:
+        found = run(label, *CHAIN, **{"family.seed": seed})
+        return replace(found, data={**found.data, "others": others})
+
+    first = with_texts("one", 0, letters="a")
+    assert compare_runs(
+        [first, with_texts("two", 1, letters="a"), run("three", *CHAIN, **{"family.seed": 2})]
+    )
+    with pytest.raises(ConfigError, match=r"of two were trained .*: 'letters' had changed"):
+        compare_runs([first, with_texts("two", 1, letters="b")])
+
+
+def test_nothing_is_reached_in_another_context() -> None:
+    other = run("other", *CHAIN, **{"data.sequence_length": 64})
+    found = compare_runs([run("family", *CHAIN), other])
+    assert {row.why for row in found.reached} == {"another context"}
+
+
+def test_money_is_counted_at_the_price_that_was_paid_and_two_are_said_not_to_compare() -> None:
+    later = member("d2", [2.0, 2.4, 1.0], parent="d1", before=20.0, price_per_hour=7200.0)
+    dear = run("family", replace(CHAIN[0], metrics={**CHAIN[0].metrics, "price_per_hour": 3600.0}),
+               later)  # fmt: skip
+    assert [p.cost for p in points(dear, "d2", ancestors=True)] == [0.0, 2.0, 4.0, 4.0, 8.0, 12.0]
+    assert [p.cost for p in family_points(dear)][-1] == 12.0
+    notes = compare_runs([dear, run("other", *CHAIN, **{"family.seed": 1})]).notes
+    assert "family ran at several prices: cost is not comparable" in notes
+    assert "other ran at another price than family: cost is not comparable" in notes
+
+
 def test_what_was_judged_in_different_ways_is_said() -> None:
     whole, strides = {"perplexity": "windows of 32"}, {"perplexity": "stride 8"}
     one = run("one", member("d1", [4.0, 3.0], notes=whole))
