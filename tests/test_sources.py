@@ -70,6 +70,13 @@ def test_a_row_is_a_document_and_its_text_stays_text(
     assert read(tmp_path) == TEXTS
 
 
+def test_lines_of_a_csv_end_as_lines_do_and_fields_may_be_long_or_missing(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    content = f'n,text\r\n1,"a\r\nb"\r\n\r\n2\r\n3,c,\r\n4,"{long}"'
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert read(tmp_path) == ["a\nb", "c", long]
+
+
 def test_a_folder_is_read_in_order_without_what_is_hidden_or_of_another_kind(
     tmp_path: Path,
 ) -> None:
@@ -132,7 +139,9 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, name: str, conte
         ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not text"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.csv", b"text\nh\xe4llo\n", "not UTF-8"),
-        ("a.csv", b'text\n"never closed\n', "EOF inside string"),
+        ("a.csv", b'text\n"never closed\n', "line 2: EOF inside string"),
+        ("a.csv", b"text,n\nto be, or not,1\n", "line 2 has 3 fields, where its first line has 2"),
+        ("a.csv", b"text,n\na,1\nto be, or not,1\n", "line 3 has 3 fields"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(

@@ -27,6 +27,8 @@ CHUNK = 1 << 20
 """Bytes of a plain file that are held at once; a larger one is yielded in parts."""
 ROWS = 256
 """Rows of a table that are held at once."""
+LONGEST = 2**31 - 1
+"""Characters of a field of a .csv; the ``csv`` module takes 131,072 unless told otherwise."""
 RUN = ".arskit"
 """What a run's folder has in it. Its model cards and figures are no text to train on; and a run in
 the midst of its text would find that text changed with every member."""
@@ -140,46 +142,66 @@ def require_column(columns: Iterable[str], column: str, where: str) -> None:
 
 
 def read_table(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a .csv or .parquet file, reduced to one column, through ``datasets``.
-
-    The column is asked for as text: left to guess, pandas turns "NA" into nothing and "12" into a
-    number.
+    """Yield the rows of a .csv or .parquet file, reduced to one column.
 
     Raises:
         DataError: it is not such a file, or lacks the column.
     """
-    import datasets  # noqa: PLC0415 -- slow to import
-    import pyarrow.parquet as pq  # noqa: PLC0415 -- slow to import
-
-    settings: dict[str, Any]
     try:
-        if kind_of(path) == ".csv":
-            with _opened(path) as file:
-                header = next(csv.reader(codecs.iterdecode(file, "utf-8-sig")), [])
-            require_column(header, column, str(path))
-            settings = {
-                "features": datasets.Features({column: datasets.Value("string")}),
-                "usecols": [column],
-                "na_filter": False,
-                "chunksize": ROWS,
-            }
-        else:
-            require_column(pq.read_schema(path).names, column, str(path))
-            settings = {"columns": [column], "batch_size": ROWS}
-        with quiet_datasets():
-            yield from datasets.load_dataset(
-                kind_of(path)[1:],
-                data_files=glob.escape(str(path)),
-                split="train",
-                streaming=True,
-                **settings,
-            )
+        yield from (_csv if kind_of(path) == ".csv" else _parquet)(path, column)
     except (DataError, OSError):
         raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason}; convert it") from error
-    except Exception as error:  # pyarrow, pandas and datasets raise a dozen kinds
+    except Exception as error:  # pyarrow and datasets raise a dozen kinds
         raise DataError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _csv(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a .csv file.
+
+    Not through ``datasets``: where a text holds a comma and is not quoted, pandas reads the wrong
+    column (in the first row) or cuts the text (in a later one), and says nothing.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    ended = False
+
+    def lines(file: Iterable[str]) -> Iterator[str]:
+        nonlocal ended
+        yield from file
+        ended = True
+
+    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig") as file:
+        rows = csv.reader(lines(file))
+        header = next(rows, [])
+        require_column(header, column, str(path))
+        at = header.index(column)
+        for row in rows:
+            if ended:  # the reader wanted more of a row than there was
+                raise DataError(f"{path}, line {rows.line_num}: EOF inside string")
+            if any(row[len(header) :]):
+                raise DataError(
+                    f"{path}, line {rows.line_num} has {len(row)} fields, where its first line has "
+                    f"{len(header)}; put text that holds a comma in quotes"
+                )
+            yield {column: row[at] if at < len(row) else None}
+
+
+def _parquet(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a .parquet file, through ``datasets``."""
+    import datasets  # noqa: PLC0415 -- slow to import
+    import pyarrow.parquet as pq  # noqa: PLC0415 -- slow to import
+
+    require_column(pq.read_schema(path).names, column, str(path))
+    with quiet_datasets():
+        yield from datasets.load_dataset(
+            "parquet",
+            data_files=glob.escape(str(path)),
+            split="train",
+            streaming=True,
+            columns=[column],
+            batch_size=ROWS,
+        )
 
 
 def read_json(path: Path) -> Iterator[Mapping[str, Any]]:
