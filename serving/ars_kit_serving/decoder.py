@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ars_kit.errors import ConfigError
 from ars_kit.models import load_base
 from ars_kit.spec import Engine
-from ars_kit_serving.engines.context import require_all_kept
+from ars_kit_serving.engines.context import require_exportable
 from ars_kit_serving.engines.onnx_graph import OnnxEngine
 
 MODEL = "model.onnx"
@@ -76,7 +76,7 @@ class OnnxExporter:
             ConfigError: the model's cache is not keys and values alone, or torch cannot trace it.
         """
         model = load_base(str(source.absolute()), KINDS[self.precision])
-        require_all_kept(model.config, "onnx")
+        require_exportable(model.config, "onnx")
         past = _sample_cache(model)
         tokens = torch.tensor([[1, 2], [3, 1]])
         mask = torch.ones(2, past[0].shape[2] + 2, dtype=torch.long)

@@ -13,7 +13,7 @@ from typing import Literal
 from ars_kit.errors import ConfigError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Engine
-from ars_kit_serving.engines.context import require_all_kept
+from ars_kit_serving.engines.context import require_exportable
 from ars_kit_serving.engines.shared_buffers import SharedBufferEngine
 from ars_kit_serving.kept import TransientError
 
@@ -41,7 +41,7 @@ class GenaiExporter:
         if importlib.util.find_spec("onnxruntime_genai") is None:
             raise ConfigError("it is not installed; type: pip install onnxruntime-genai")
         config = load_base_config(str(source.absolute())).get_text_config()
-        require_all_kept(config, "genai")
+        require_exportable(config, "genai")
         size = getattr(config, "head_dim", None)
         size = size or config.hidden_size // config.num_attention_heads
         if size % HEAD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import DynamicCache
@@ -43,12 +44,29 @@ def keeps_all(config: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-def require_all_kept(config: Any, form: str) -> None:
-    """Refuse what an export format cannot hold.
+def depends_on_the_longest(config: Any) -> bool:
+    """Whether a batch's longest sequence decides how all of it encodes positions (LongRoPE).
+
+    Args:
+        config: a transformers configuration.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    return any(kind.get("rope_type") == "longrope" for kind in kinds)
+
+
+def require_exportable(config: Any, form: str) -> None:
+    """Refuse what an export format cannot hold, and no comparison of short texts would show.
 
     Raises:
-        ConfigError: the model's cache is more than all keys and values.
+        ConfigError: the model's cache is more than all keys and values, or its sequences do not
+            keep to themselves.
     """
+    if depends_on_the_longest(config):
+        raise ConfigError(
+            f"{form} cannot export {config.model_type}: the longest sequence of a batch would "
+            "decide how the others encode their positions (LongRoPE)"
+        )
     if not keeps_all(config):
         raise ConfigError(
             f"{form} cannot export {config.model_type}: its layers keep more than all keys and "
