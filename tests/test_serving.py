@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from openai.types import Completion
@@ -739,6 +740,17 @@ def test_a_broken_engine_is_an_error_and_the_next_request_is_served(
     assert "arskit_cancellations_total{" not in metrics  # nobody left
     engine.broken = False
     assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_a_failure_and_no_answer(
+    saying: Any, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    client, engine = saying("loss")
+    monkeypatch.setattr(engine, "_say", lambda _: np.full(engine.vocabulary, value, np.float32))
+    for temperature in (0, 1):
+        reply = client.post("/v1/completions", json={**ASK, "temperature": temperature})
+        assert error_of(reply, 500)["code"] == "engine_error"
 
 
 class Panic(BaseException):

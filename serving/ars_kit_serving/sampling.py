@@ -102,8 +102,14 @@ class Sampler:
         self._seen: Counter[int] = Counter()
 
     def draw(self, logits: Floats) -> Drawn:
-        """Return the next token; logits have shape (vocabulary,)."""
+        """Return the next token; logits have shape (vocabulary,).
+
+        Raises:
+            ArithmeticError: they are no numbers to choose by, as of weights that overflow.
+        """
         how = self.how
+        if not np.isfinite(logits.max()):  # argmax would take the first NaN, often the text's end
+            raise ArithmeticError("the model's logits are not finite")
         scores = self._adjusted(logits)
         if self.constraint is not None:
             scores = np.where(self.constraint.allowed(len(scores)), scores, -np.inf)
