@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 from served import CONTEXT, Scripted, model_of
 from starlette.testclient import TestClient
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
@@ -27,7 +28,7 @@ from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
 from ars_kit_serving.protocol import ChatRequest, CompletionRequest
 from ars_kit_serving.text import TextStream
-from ars_kit_serving.tokenizing import DEFAULT_TEMPLATE, ServedTokenizer
+from ars_kit_serving.tokenizing import DEFAULT_TEMPLATE, PromptError, ServedTokenizer
 
 ASK = {"model": "tiny", "prompt": "the loss", "max_tokens": 8, "temperature": 0}
 HELLO = [{"role": "user", "content": "größer"}]
@@ -177,6 +178,19 @@ def test_the_default_template_is_one_line_a_message(
         message = client.post("/v1/chat/completions", json=ask).json()["choices"][0]["message"]
         assert message["content"] == text
     assert "{% if add_generation_prompt %}assistant:" in DEFAULT_TEMPLATE
+
+
+def test_of_several_templates_a_chat_takes_the_default(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "named")
+    own = AutoTokenizer.from_pretrained(checkpoint)
+    own.chat_template = {"default": "{{ messages[0]['content'] }}!", "tool_use": "x"}
+    own.save_pretrained(tmp_path / "named")
+    named = ServedTokenizer(tmp_path / "named")
+    assert named.decode(named.chat(HELLO)) == "größer!"
+    own.chat_template = {"rag": "x", "tool_use": "x"}
+    own.save_pretrained(tmp_path / "lacking")
+    with pytest.raises(PromptError, match="no default"):
+        ServedTokenizer(tmp_path / "lacking").chat(HELLO)
 
 
 def test_a_seed_repeats_and_another_does_not(client: TestClient) -> None:

@@ -124,14 +124,15 @@ class ServedTokenizer:
         try:
             text = self._own.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self._template or DEFAULT_TEMPLATE,
+                # Of several by name transformers takes its default itself.
+                chat_template=None if self._template else DEFAULT_TEMPLATE,
                 tokenize=False,
                 add_generation_prompt=True,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
         # A template of the tokenizer's own writes the special tokens itself.
-        return self._encode(text, most, special=self._template is None) or [self._first()]
+        return self._encode(text, most, special=not self._template) or [self._first()]
 
     def _encode(self, text: str, most: int | None, *, special: bool) -> list[int]:
         if most is not None and self._longest and len(text) > most * self._longest:
