@@ -242,6 +242,30 @@ def test_logprobs_are_those_of_the_model(
     assert told["top_logprobs"] == [{token: logprob} for token, logprob in drawn]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_is_said_to_be_where_its_text_is(
+    saying: Any, tokenizer: ServedTokenizer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    ids = {tokenizer.token_bytes(i): i for i in range(tokenizer.size)}
+    lost = [ids[b"\xff"], 0, ids[b"\xf0"]]  # 0 is a special token, which is not shown
+    tokens = [*tokenizer.prompt("größer 😀 naïve"), *lost, *tokenizer.prompt("€ am Ende")]
+    client, _ = saying(tokens)
+    monkeypatch.setattr(client.app.state.desk.models["tiny"].tokenizer, "ends", frozenset())
+    ask = {**ASK, "max_tokens": len(tokens), "logprobs": 0, "stream": stream}
+    reply = client.post("/v1/completions", json=ask)
+    choices = [c["choices"][0] for c in (events(reply.text) if stream else [reply.json()])]
+    text = "".join(choice["text"] for choice in choices)
+    assert text == "größer 😀 naïve\ufffd\ufffd€ am Ende"
+    sizes = [1 if character == "\ufffd" else len(character.encode()) for character in text]
+    ends = np.cumsum(sizes)
+    begun, wanted = 0, []
+    for token in tokens:
+        wanted.append(int((ends <= begun).sum()))
+        begun += len(tokenizer.token_bytes(token)) * (token != 0)
+    found = [place for choice in choices for place in choice["logprobs"]["text_offset"]]
+    assert found == wanted
+
+
 def test_a_bias_decides_and_a_penalty_forbids_repeating(
     client: TestClient, tokenizer: ServedTokenizer
 ) -> None:

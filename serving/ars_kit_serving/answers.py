@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from pydantic_core import to_json
 
 from ars_kit_serving.sampling import Drawn
 from ars_kit_serving.scheduling import Finish
-from ars_kit_serving.text import TextStream
+from ars_kit_serving.text import BROKEN, TextStream
 from ars_kit_serving.tokenizing import ServedTokenizer
 
 
@@ -97,7 +98,7 @@ class CompletionShape(Shape):
     def __init__(self, model: str, tokenizer: ServedTokenizer, *, logprobs: bool) -> None:
         super().__init__(model, tokenizer, logprobs=logprobs)
         self.head["object"] = "text_completion"
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, _Place] = {}
 
     def first(self, answer: Answer, *, usage: bool) -> str | None:  # noqa: ARG002 -- the other's
         """Return nothing: a completion's stream begins with its text."""
@@ -127,12 +128,7 @@ class CompletionShape(Shape):
         if not self.logprobs:
             return None
         drawn, answer.drawn = answer.drawn, []
-        offset = self._offsets.get(answer.index, 0)
-        offsets = []
-        for d in drawn:
-            offsets.append(offset)
-            offset += len(self.tokenizer.token_text(d.token))
-        self._offsets[answer.index] = offset
+        place = self._places.setdefault(answer.index, _Place(self.tokenizer))
         return {
             "tokens": [self._name(d.token) for d in drawn],
             "token_logprobs": [d.logprob for d in drawn],
@@ -140,7 +136,7 @@ class CompletionShape(Shape):
             "top_logprobs": [
                 {self._name(t): p for t, p in (*d.top, (d.token, d.logprob))} for d in drawn
             ],
-            "text_offset": offsets,
+            "text_offset": [place.before(d.token) for d in drawn],
         }
 
     def _name(self, token: int) -> str:
@@ -150,6 +146,27 @@ class CompletionShape(Shape):
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class _Place:
+    """Where in an answer's text its tokens begin; several may spell one character.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: ServedTokenizer) -> None:
+        self._tokenizer, self._characters = tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def before(self, token: int) -> int:
+        """Return the characters before a token, and go on behind it."""
+        raw, held = self._tokenizer.shown_bytes(token), self._decoder.getstate()[0]
+        first = self._decoder.decode(raw[:1])
+        lost = bool(held) and first.startswith(BROKEN)  # what was held is no character after all
+        place = self._characters + lost
+        self._characters += len(first) + len(self._decoder.decode(raw[1:]))
+        return place
 
 
 class ChatShape(Shape):

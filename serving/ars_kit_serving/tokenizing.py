@@ -62,6 +62,7 @@ class ServedTokenizer:
         self._core.no_padding()
         self._template = self._own.chat_template
         self._added = {i: str(t) for i, t in self._own.added_tokens_decoder.items()}
+        self._special = {i for i, t in self._own.added_tokens_decoder.items() if t.special}
         self._byte_level = "ByteLevel" in repr(self._core.decoder)
         self._bytes = _alphabet()
         self._longest = self._longest_token()
@@ -159,6 +160,10 @@ class ServedTokenizer:
     def token_text(self, token: int) -> str:
         """Return one token for people: its text, a broken character as such."""
         return self.token_bytes(token).decode("utf-8", errors="replace")
+
+    def shown_bytes(self, token: int) -> bytes:
+        """Return what of a token is text: nothing of a special one."""
+        return b"" if token in self._special else self.token_bytes(token)
 
     def _bytes_of(self, token: int) -> bytes:
         if token in self._added:
