@@ -279,7 +279,7 @@ def test_what_cannot_be_exported_says_why(checkpoint: Path, tmp_path: Path) -> N
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("what", ["auto_map", "code", "pickle"])
+@pytest.mark.parametrize("what", ["auto_map", "code", "pickle", "decoy", "named"])
 def test_a_checkpoint_with_code_of_its_own_is_refused(
     checkpoint: Path, tmp_path: Path, what: str
 ) -> None:
@@ -291,8 +291,15 @@ def test_a_checkpoint_with_code_of_its_own_is_refused(
         (path / "config.json").write_text(json.dumps(config))
     elif what == "code":
         (path / "modeling.py").write_text("raise SystemExit")
+    elif what == "named":  # transformers would read it though there is a model.safetensors
+        config = json.loads((path / "config.json").read_text())
+        config["transformers_weights"] = "adapter_model.bin"
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "adapter_model.bin").touch()
     else:
         (path / "model.safetensors").rename(path / "pytorch_model.bin")
+        if what == "decoy":
+            (path / "notes.safetensors").touch()
     with pytest.raises(ConfigError, match=r"code of its own|no safetensors"):
         open_checkpoint(str(path), tmp_path)
 

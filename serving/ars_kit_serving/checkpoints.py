@@ -49,9 +49,8 @@ def open_checkpoint(name: str, out: Path) -> Checkpoint:
 
     path = locate(name, out)
     _refuse_code(path)
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"{path} holds no safetensors; weights in other formats are not read")
     config = load_base_config(str(path.absolute()))
+    _refuse_other_weights(path, getattr(config, "transformers_weights", None))
     called = name if name == "best" or is_name(name) else path.resolve().name
     return Checkpoint(called, path, directory_hash(path), config)
 
@@ -73,3 +72,20 @@ def _refuse_code(path: Path) -> None:
                 f"{file} names code of its own (auto_map), which is never run; use a checkpoint "
                 "without any"
             )
+
+
+def _refuse_other_weights(path: Path, named: str | None) -> None:
+    """Refuse a directory whose weights transformers would not read from safetensors.
+
+    Without ``model.safetensors`` it reads a pickle, whatever other safetensors lie beside.
+
+    Args:
+        path: the directory.
+        named: the file that its configuration names instead (``transformers_weights``), if any.
+    """
+    files = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
+    safe = named is None or named.endswith((".safetensors", ".safetensors.index.json"))
+    if not safe or not any((path / file).is_file() for file in files):
+        raise ConfigError(
+            f"{path} holds no safetensors called {files[0]}; weights in other formats are not read"
+        )
