@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from served import Scripted
 
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host, Plugin
 from ars_kit.schema import Choice
 from ars_kit.spec import Offer, Service, hookimpl
-from ars_kit_serving.serve import AUTO, Serving, choose, is_loopback, rules_of
+from ars_kit_serving.guard import Rules
+from ars_kit_serving.serve import AUTO, Serving, _run, choose, is_loopback, rules_of
 
 
 def serving_of(host: Host, **change: Any) -> Serving:
@@ -134,3 +140,21 @@ def test_an_origin_is_as_browsers_write_it() -> None:
     for origin in ("https://app.example/", "app.example", "https://App.example", "https://", ""):
         with pytest.raises(ConfigError, match="is no origin"):
             rules_of(serving_of(Host(), origins=[origin]))
+
+
+def test_a_signal_that_comes_before_the_server_listens_for_it_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def beginning(_: uvicorn.Config) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(uvicorn.Config, "get_loop_factory", beginning)
+    monkeypatch.setattr("ars_kit_serving.serve.log_to_stderr", lambda: None)
+    said: list[str] = []
+    again = threading.Timer(10, os.kill, [os.getpid(), signal.SIGTERM])
+    again.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _run(serving_of(Host(), say=said.append), {}, Rules(), listener, print)
+    assert again.is_alive()
+    again.cancel()
+    assert said == ["stopped by SIGTERM"]

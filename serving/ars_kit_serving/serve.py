@@ -300,16 +300,21 @@ def _run(
         proxy_headers=False,
         timeout_graceful_shutdown=int(serving.drain_seconds),
     )
-    with _told_to_stop(serving.say):
-        Server(config).run(sockets=[listener])
+    server = Server(config)
+    with _told_to_stop(server, serving.say):
+        server.run(sockets=[listener])
 
 
 @contextmanager
-def _told_to_stop(say: Callable[[str], None]) -> Iterator[None]:
-    """Make the signals that uvicorn raises again after its orderly end mean nothing more."""
+def _told_to_stop(server: uvicorn.Server, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the signals that uvicorn raises again after its orderly end mean nothing more.
+
+    One that comes before uvicorn listens for them ends the server as it begins.
+    """
 
     def done(number: int, _: FrameType | None) -> None:
         say(f"stopped by {signal.Signals(number).name}")
+        server.should_exit = True
 
     before = {s: signal.signal(s, done) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
