@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from served import Scripted
 
-from ars_kit.errors import ConfigError, PluginError
+from ars_kit.errors import ArsKitError, ConfigError, PluginError
 from ars_kit.host import Host, Plugin
 from ars_kit.schema import Choice
 from ars_kit.spec import Offer, Service, hookimpl
@@ -40,6 +40,7 @@ def choosing(
     vllm: str = "",
     names: int = 1,
     broken: Collection[str] = (),
+    full: Collection[str] = (),
 ) -> tuple[str, list[str]]:
     """Return the engine that is chosen where only ``able`` ones can serve, and what was said."""
     made: list[str] = []
@@ -48,6 +49,8 @@ def choosing(
         def make(service: Service) -> Any:
             if name in broken:
                 raise KeyError("head_size")
+            if name in full:
+                raise ArsKitError("no space left to write the export")
             if name not in able:
                 raise ConfigError(f"it is no {name}")
             made.append(name)
@@ -96,6 +99,14 @@ def test_auto_leaves_what_an_engine_fails_on_to_the_next() -> None:
     assert "KeyError('head_size')" in said[0]
     with pytest.raises(PluginError, match="serving engine 'transformers'"):
         choosing("auto", broken=["transformers"])
+
+
+def test_auto_serves_without_an_export_where_none_can_be_written() -> None:
+    name, said = choosing("auto", *AUTO, full=["genai", "onnx"])
+    assert name == "transformers"
+    assert "genai cannot: no space left to write the export; onnx cannot: no space" in said[0]
+    with pytest.raises(ArsKitError, match="no space left"):
+        choosing("genai", *AUTO, full=["genai"])
 
 
 def test_auto_takes_vllm_where_it_is_set_up_and_there_is_a_gpu() -> None:

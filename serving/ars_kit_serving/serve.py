@@ -17,7 +17,7 @@ from types import FrameType
 
 import uvicorn
 
-from ars_kit.errors import ConfigError, PluginError
+from ars_kit.errors import ArsKitError, ConfigError, PluginError
 from ars_kit.host import Host
 from ars_kit.schema import Choice
 from ars_kit.spec import Engine, Service
@@ -230,8 +230,8 @@ def choose(service: Service, serving: Serving) -> Engine | Relayed:
     for name in AUTO:
         try:
             made = serving.host.make("servers", Choice(name), service)
-        except (ConfigError, PluginError) as error:
-            if name == AUTO[-1] and isinstance(error, PluginError):
+        except ArsKitError as error:  # a cache that is full or only read is no end either
+            if name == AUTO[-1] and not isinstance(error, ConfigError):
                 raise
             reasons.append(f"{name} cannot: {error}")
             continue
