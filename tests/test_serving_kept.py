@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,27 @@ def test_two_servers_that_export_at_once_both_serve(service: Service) -> None:
 
     derived.derived_engine(service, Slower(), "fake")
     assert {entry.name for entry in service.cache.iterdir()} == {kept.path_of(service, "fake").name}
+
+
+def test_two_servers_that_clear_at_once_both_serve(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for form in ("damaged", "old"):
+        derived.derived_engine(service, Fake(), form)
+    os.utime(kept.path_of(service, "old"), (time.time() - MONTH,) * 2)
+    (kept.path_of(service, "damaged") / "model.onnx").write_bytes(b"grape")
+    real = shutil.rmtree
+
+    def slower(path: Path, *, scratch: Path) -> None:
+        real(path)  # the other one, between our look and our hand
+        path.rename(scratch / "tmp-mine")
+
+    for module in (kept, derived):
+        monkeypatch.setattr(module, "discard", slower)
+    derived.derived_engine(service, Fake(), "damaged")
+    left = {entry.name for entry in service.cache.iterdir()}
+    assert left == {kept.path_of(service, "damaged").name}
+    assert not [line for line in said(service) if line.startswith("removed")]
 
 
 def test_a_cache_that_is_only_read_serves(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from ars_kit.durable import check_directory, discard
@@ -35,7 +37,8 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
     target = path_of(service, form)
     if target.is_dir() and check_directory(target):
         service.say(f"{service.name}: its {form} export in the cache is damaged; made anew")
-        discard(target, scratch=service.cache)
+        with contextlib.suppress(FileNotFoundError):  # another server was quicker
+            discard(target, scratch=service.cache)
     if not target.is_dir():
         failures = Failures(target)
         failures.raise_known()

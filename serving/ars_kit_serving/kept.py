@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -85,17 +86,24 @@ def clear_unused(service: Service, in_use: Path) -> None:
     oldest, count, size = time.time() - DAYS * 86400, 0, 0
     for entry in sorted(service.cache.iterdir()):
         mine = entry.name.endswith(FAILED) or (entry / "manifest.json").is_file()
-        if not mine or entry.stat().st_mtime >= oldest:
-            continue
-        if entry.is_dir():
-            count += 1
-            size += sum(file.stat().st_size for file in entry.iterdir())
-        discard(entry, scratch=service.cache)
+        with contextlib.suppress(FileNotFoundError):  # another server was quicker
+            if not mine or entry.stat().st_mtime >= oldest:
+                continue
+            held = _bytes_in(entry) if entry.is_dir() else None
+            discard(entry, scratch=service.cache)
+            if held is not None:
+                count += 1
+                size += held
     if count:
         many = f"{count} export{'s' * (count > 1)}"
         service.say(
             f"removed {many} ({byte_count(size)}) from {service.cache}, not served for {DAYS} days"
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _versions() -> dict[str, str]:
