@@ -9,6 +9,7 @@ format rounds, the loss on held-out text and the most likely tokens are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -106,14 +107,19 @@ class _Largest:
 
 
 def _prompts(texts: Sequence[Sequence[int]], context: int) -> list[tuple[list[int], list[int]]]:
-    """Return prompts of several lengths, each with the tokens that follow it."""
+    """Return prompts of several lengths, each with the tokens that follow it.
+
+    A text that is too short goes on with the next: in prompts of one length nobody would see that
+    padding is ignored.
+    """
     made = []
     steps, greedy = (_fitting(count, context) for count in (STEPS, GREEDY))
     for number, length in enumerate(LENGTHS):
-        text = list(texts[number % len(texts)])
-        room = min(len(text) - steps, context - max(steps, greedy))
-        size = max(1, min(length, room))
-        made.append((text[:size], text[size : size + steps]))
+        first = number % len(texts)
+        size = max(1, min(length, context - max(steps, greedy)))
+        endless = chain.from_iterable(cycle([*texts[first:], *texts[:first]]))
+        text = list(islice(endless, size + steps))
+        made.append((text[:size], text[size:]))
     return made
 
 
