@@ -19,7 +19,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 from served import CONTEXT, Scripted, model_of
 from starlette.testclient import TestClient
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
@@ -404,6 +407,33 @@ def test_the_end_of_text_ends_an_answer(saying: Any, tokenizer: ServedTokenizer)
     assert made["choices"][0]["text"] == "gate"
     assert made["choices"][0]["finish_reason"] == "stop"
     assert made["usage"]["completion_tokens"] == len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_begins_with_the_space_that_parts_it_from_its_prompt(
+    tmp_path: Path, stream: bool
+) -> None:
+    words = {"</s>": 0, "\u2581one": 1, "\u2581two": 2, "\u2581three": 3, "?": 4}
+    core = Tokenizer(WordLevel(words, unk_token="?"))
+    core.pre_tokenizer, core.decoder = Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path)
+    own = ServedTokenizer(tmp_path)
+    model = model_of(Scripted([2, 3], own.size), own)
+    client = client_of(model)
+
+    def said(route: str, **ask: Any) -> str:
+        body = {"model": "tiny", "max_tokens": 2, "temperature": 0, "stream": stream, **ask}
+        reply = client.post(f"/v1/{route}", json=body)
+        found = [c["choices"][0] for c in (events(reply.text) if stream else [reply.json()])]
+        return "".join(
+            c.get("text") or c.get("delta", c.get("message", {})).get("content") or ""
+            for c in found
+        )
+
+    assert said("completions", prompt="one") == " two three"
+    assert said("completions", prompt=[1], stop=" three") == " two"
+    assert said("chat/completions", messages=HELLO) == "two three"
+    model.scheduler.close()
 
 
 # --- answers of a form -----------------------------------------------------------------------
@@ -806,7 +836,10 @@ def test_an_engine_that_panics_on_a_prompt_serves_the_next(
     with monkeypatch.context() as patched:
         patched.setattr(engine, "prefill", panic)
         assert error_of(client.post("/v1/completions", json=ASK), 500)["code"] == "engine_error"
+    count = 'arskit_time_to_first_token_seconds_count{model="tiny"}'
+    assert count not in client.get("/metrics").text  # there was none
     assert client.post("/v1/completions", json=ASK).status_code == 200
+    assert f"{count} 1.0" in client.get("/metrics").text
 
 
 def test_an_engine_that_cannot_let_go_has_ended_for_all(

@@ -117,6 +117,7 @@ class Desk:
             seconds=self.seconds,
             begun=begun,
             constraint=constraint,
+            goes_on=isinstance(request, CompletionRequest),
         )
 
 

@@ -24,6 +24,10 @@ RETRY_AFTER = "1"
 """Seconds to wait before a full queue is tried again."""
 
 
+BEFORE = 5
+"""Tokens of a prompt that the text after it is decoded with, as vLLM has it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A served model.
@@ -56,6 +60,8 @@ class Order:
         seconds: until it is given up.
         begun: when it came, as :func:`time.monotonic` has it.
         constraint: that every answer begins with; None for any text.
+        goes_on: whether an answer's text is that of its prompt continued, as a completion's is,
+            or one of its own.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -66,6 +72,7 @@ class Order:
     seconds: float
     begun: float
     constraint: Constraint | None = None
+    goes_on: bool = False
 
 
 class Generation:
@@ -84,7 +91,7 @@ class Generation:
         self.model, self.order, self.measures = model, order, measures
         self.facts = {} if facts is None else facts
         self.answers = [
-            Answer(index, TextStream(model.tokenizer.decode, order.stops))
+            Answer(index, TextStream(model.tokenizer.decode, order.stops, self._before(index)))
             for index in range(len(order.prompts) * order.choices)
         ]
         self._steps: asyncio.Queue[Sequence[tuple[Job, Step]] | None] = asyncio.Queue()
@@ -106,6 +113,10 @@ class Generation:
         self._failed = False
         left = order.begun + order.seconds - time.monotonic()
         self._clock = self._loop.call_later(left, self._steps.put_nowait, None)
+
+    def _before(self, index: int) -> Sequence[int]:
+        order = self.order
+        return order.prompts[index // order.choices][-BEFORE:] if order.goes_on else ()
 
     def _deliver(self, steps: Sequence[tuple[Job, Step]]) -> None:
         if threading.get_ident() == self._thread:  # a relay's: nobody has to be woken
@@ -146,7 +157,7 @@ class Generation:
             steps = await self._steps.get()
             if steps is None:
                 raise too_slow(self.order.seconds)
-            if first:
+            if first and any(step.drawn for _, step in steps):
                 first = False
                 waited = time.monotonic() - self._begun
                 self.measures.first_token.labels(self.model.name).observe(waited)

@@ -25,18 +25,23 @@ class TextStream:
     Args:
         decode: of the tokenizer, special tokens left out.
         stops: strings that end the text and are no part of it.
+        before: tokens that it goes on from, and that are no part of it: a decoder may leave out
+            the space that a text begins with.
 
     Attributes:
         stopped: a stop string was found; later tokens are not looked at.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Decode, stops: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self.stopped = False
         self._decode = decode
         self._stops = stops
-        self._tokens: list[int] = []
+        whole = before and not decode(before).endswith(BROKEN)
+        self._tokens: list[int] = list(before) if whole else []
         self._start = 0  # of what is decoded together
-        self._read = 0  # tokens whose text is known for good
+        self._read = len(self._tokens)  # whose text is known for good
         self._held = ""  # known for good, but perhaps the beginning of a stop string
 
     def push(self, token: int) -> str:
