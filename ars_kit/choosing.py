@@ -206,9 +206,12 @@ def _words(record: Mapping[str, Any]) -> str:
         why = "is not kept by document" if metric not in PAIRED else "has too few documents"
         return f"{head} {margin}; {metric} {why}, so chance cannot be told from merit."
     low, high = record["interval"]
+    # As many decimals as it takes for an end beside zero not to be told as zero.
+    ends = [x for x in (low, high) if x]
+    shown = next((n for n in range(4, 10) if all(round(x, n) for x in ends)), 10)
     interval = (
-        f"95 % interval of the difference {low:+.4f} to {high:+.4f} bits per byte, over "
-        f"{record['documents']} documents or passages"
+        f"95 % interval of the difference {low:+.{shown}f} to {high:+.{shown}f} bits per byte, "
+        f"over {record['documents']} documents or passages"
     )
     if record["distinguishable"]:
         return f"{head} {margin} ({interval}): more than chance."

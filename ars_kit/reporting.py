@@ -143,7 +143,7 @@ def _heldout_lines(run: RunRecord, comparison: Comparison) -> list[charts.Line]:
     for at, group in enumerate(comparison.groups[1:]):
         control = group.runs[0]
         largest = control.largest or control.members[0]
-        chain = any(m.parent for m in control.members)
+        chain = any(control.member(m.parent) for m in control.members if m.parent)
         ps = points(control, largest.name, ancestors=True) if chain else []
         alone = [] if chain else [points(control, m.name, ancestors=False) for m in control.members]
         for nth, line in enumerate([ps, *alone]):

@@ -61,9 +61,10 @@ def _worth(name: str, rows: Sequence[Reached]) -> str:
         missed = shares.count(None)
         often = "" if len(rows) == 1 else f" with {missed} of {len(rows)} seeds"
         return f"The family did not reach the held-out loss of {control}{often}."
-    sign = "fewer" if spread.mean >= 0 else "more"
+    share = round(100 * spread.mean)
+    sign = "fewer" if share >= 0 else "more"
     return (
-        f"It reached the held-out loss of {control} with {abs(spread.mean):.0%} {sign} FLOPs than "
+        f"It reached the held-out loss of {control} with {abs(share)}% {sign} FLOPs than "
         "the control spent, those of all ancestors counted."
     )
 
@@ -78,6 +79,6 @@ def _interval(rows: Sequence[Reached]) -> str:
     if spread is None or spread.low is None or spread.high is None or spread.n < len(rows):
         return f"Of {len(rows)} seeds not enough reached it for an interval."
     return (
-        f"Over {spread.n} seeds the 95 % interval of that saving is {spread.low:.0%} to "
-        f"{spread.high:.0%}."
+        f"Over {spread.n} seeds the 95 % interval of that saving is {round(100 * spread.low)}% to "
+        f"{round(100 * spread.high)}%."
     )

@@ -135,6 +135,16 @@ def test_a_lead_within_chance_is_called_that(family: RunFolder) -> None:
     assert found["words"].endswith("d5 is best, but not distinguishable from d4.")
 
 
+def test_an_end_of_an_interval_is_not_rounded_to_zero(tmp_path: Path) -> None:
+    """Else a lead that is more than chance would stand beside an interval that begins at zero."""
+    folder = RunFolder(tmp_path)
+    commit(folder, "d2", 1.50002)
+    commit(folder, "d3", 1.5)
+    found = chosen(folder, Rule())
+    assert found["distinguishable"]
+    assert "(95 % interval of the difference +0.00002 to +0.00002 bits" in found["words"]
+
+
 @pytest.mark.parametrize(("documents", "clear"), [(5, False), (6, True)])
 def test_few_documents_prove_nothing_however_they_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, clear: bool

@@ -288,6 +288,22 @@ def test_the_plans_scenarios_stand_beside_what_was_measured() -> None:
     assert found["progressive + ARS"].facts()["measured_seconds"] == 8.0
 
 
+def test_a_saving_of_next_to_nothing_is_no_minus_zero() -> None:
+    def seeds(losses: tuple[float, float]) -> Comparison:
+        made = []
+        for seed, loss in enumerate(losses):
+            flags = {"family.seed": seed}
+            scratch = run("scratch", member("d1", [4.0, 2.0]), **flags)
+            made.append(run("family", member("d1", [4.0, loss]), controls=(scratch,), **flags))
+        return compare_runs(made)
+
+    found = seeds((1.999, 1.999))
+    told = summary(found.family.runs[0], found)
+    assert "-0%" not in " ".join(told)
+    assert "with 0% fewer FLOPs" in told[1]
+    assert told[2] == "Over 2 seeds the 95 % interval of that saving is 0% to 0%."
+
+
 def test_one_seed_has_no_spread() -> None:
     assert Spread.of([]) is None
     assert Spread.of([None]) is None
