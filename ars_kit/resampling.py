@@ -33,7 +33,10 @@ def bits_per_byte(nats: Floats, sizes: Floats) -> float:
 def interval(
     nats: Floats, sizes: Floats, *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return the bootstrap interval of :func:`bits_per_byte`; None for fewer than two documents."""
+    """Return the bootstrap interval of :func:`bits_per_byte`.
+
+    None for fewer than two documents, or where no draw of them has a figure.
+    """
     if not sizes.sum():
         return None
     return difference_interval(nats, sizes, None, None, confidence=confidence, seed=seed)
@@ -63,6 +66,8 @@ def difference_interval(
     value = _draws(nats, sizes, seed)
     if other_nats is not None and other_sizes is not None:
         value -= _draws(other_nats, other_sizes, seed)
+    if np.isnan(value).all():  # what a model that is broken makes of every draw
+        return None
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(value / math.log(2), [tail, 1 - tail])
     return float(low), float(high)

@@ -100,16 +100,24 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
         with tracking(plan, host, folder, watcher, trackers) as told:
             family = Family(plan, host, folder, corpus, texts, told, stop, accelerator)
             metrics = run_family(family)
-        if all(m.get("heldout_loss") is None for m in metrics):
-            return metrics, None
-        chosen = choose(folder, metrics, Rule((Aim(usual_metric(metrics)),)))
+        measured = any(m.get("heldout_loss") is not None for m in metrics)
+        rule = Rule((Aim(usual_metric(metrics)),))
+        chosen = choose(folder, metrics, rule) if measured else None
         if accelerator.is_main_process:
-            if chosen["unalike"]:
-                watcher.aside(f"{chosen['member']} is no certain best: {chosen['unalike']}")
-            if folder.members() != before or not (out / BEST).exists():
-                record_best(folder, chosen)  # else a choice that was made since stays
+            if chosen is not None:
+                _record(folder, chosen, before, watcher)
             write_report(out)
-        return metrics, chosen["member"]
+        return metrics, None if chosen is None else chosen["member"]
+
+
+def _record(
+    folder: RunFolder, chosen: dict[str, Any], before: list[str], watcher: FamilyWatcher
+) -> None:
+    """Record the best, unless a choice was made since the members that were there before."""
+    if chosen["unalike"]:
+        watcher.aside(f"{chosen['member']} is no certain best: {chosen['unalike']}")
+    if folder.members() != before or not (folder.path / BEST).exists():
+        record_best(folder, chosen)
 
 
 def _tell_of_curves(folder: RunFolder, plan: RunPlan, watcher: FamilyWatcher) -> None:

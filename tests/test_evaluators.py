@@ -91,6 +91,16 @@ def rows(found: Assessment) -> list[Mapping[str, Any]]:
     return [json.loads(line) for line in found.files["documents.jsonl"].splitlines()]
 
 
+def test_what_is_not_finite_is_null_in_valid_json(corpus: Corpus) -> None:
+    broken = build(embedded_config(2, vocab_size=300, context=CONTEXT, aspect=4), seed=0).eval()
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[5] = torch.nan
+    found = judged("perplexity", evaluand(broken, corpus))
+    text = found.files["documents.jsonl"]
+    assert "NaN" not in text
+    assert {row["nats"] for row in rows(found)} == {None}
+
+
 # --- perplexity ------------------------------------------------------------------------------
 
 

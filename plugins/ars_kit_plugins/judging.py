@@ -77,7 +77,9 @@ class Perplexity:
 
 
 def _assessment(rows: Sequence[dict[str, Any]], how: str) -> Assessment:
-    files = {"documents.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+    # What is not finite was not measured, and JSON has no word for it.
+    plain = ({**row, "nats": row["nats"] if math.isfinite(row["nats"]) else None} for row in rows)
+    files = {"documents.jsonl": "".join(json.dumps(row) + "\n" for row in plain)}
     nats, tokens, sizes = (
         np.array([row[key] for row in rows], dtype=np.float64)
         for key in ("nats", "tokens", "bytes")
@@ -196,9 +198,9 @@ def _rows(passages: Sequence[Passage], nats: Nats, shift: int) -> Iterator[dict[
         nats: of its tokens from place ``shift`` on.
         shift: places that nobody predicted.
     """
-    upto = np.concatenate((np.zeros(shift + 1), np.cumsum(nats, dtype=np.float64)))
+    end = shift + len(nats)
     for passage in passages:
-        first, stop = max(passage.start, shift), min(passage.stop, len(upto) - 1)
+        first, stop = max(passage.start, shift), min(passage.stop, end)
         if first >= stop:
             if passage.start >= stop:
                 return
@@ -207,7 +209,7 @@ def _rows(passages: Sequence[Passage], nats: Nats, shift: int) -> Iterator[dict[
         yield {
             "document": passage.document,
             "origin": passage.origin,
-            "nats": float(upto[stop] - upto[first]),
+            "nats": float(nats[first - shift : stop - shift].sum(dtype=np.float64)),
             "tokens": stop - first,
             # Of a passage that was judged in part, the bytes are those of its tokens' share.
             "bytes": round(passage.bytes * (stop - first) / whole),
