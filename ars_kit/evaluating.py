@@ -331,12 +331,14 @@ def _own_tokenizer(settings: Settings, path: Path) -> TokenizerSpec:
 def _identity(court: Court, choice: Choice, corpus: Corpus, checkpoint: str) -> dict[str, Any]:
     """Return all that a judgement depends on."""
     data, facts = court.settings.data, corpus.facts
+    beside = facts.fingerprint.get("beside")  # texts that it is divided like
     settings = court.host.check("evaluators", choice)
     return {
         "checkpoint": checkpoint,
         "data": facts.data_hash,
         "tokenizer": facts.tokenizer_hash,
         "heldout_fraction": data.heldout_fraction,
+        **({"beside": beside} if beside else {}),
         "heldout_tokens": data.heldout_tokens,
         "context": data.sequence_length,
         "evaluator": choice.name,
