@@ -1,4 +1,4 @@
-"""A newborn brought to where it trains: whole, or by FSDP2 each process its part.
+"""A newborn brought to where it trains, and back: whole, or by FSDP2 each process its part.
 
 Under FSDP2 the main process alone bears the member. The others make its modules without memory and
 are sent their parts of each weight, so the hosts hold one parent and one child between them.
@@ -21,7 +21,7 @@ from ars_kit.births import Cradle, Newborn, bear
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.models import skeleton, weights_of
 from ars_kit.ranks import from_main, shard
-from ars_kit.sharding import materialise, receive_weights
+from ars_kit.sharding import gathered, is_sharded, materialise, receive_weights
 from ars_kit.spec import Seed
 
 if TYPE_CHECKING:
@@ -53,6 +53,30 @@ def delivered(cradle: Cradle, member: MemberPlan, accelerator: Accelerator) -> N
     memory.prepare(born.model, cradle.plan.recipe)
     born.model.to(accelerator.device)
     return born
+
+
+def collected(
+    model: PreTrainedModel, config: PretrainedConfig, accelerator: Accelerator
+) -> PreTrainedModel:
+    """Return a trained model with all of its weights, on the main process; the rest keep theirs.
+
+    Every process must call this.
+
+    Args:
+        model: whole or sharded.
+        config: its own.
+        accelerator: of the run.
+    """
+    if not is_sharded(model):
+        return model
+    main = accelerator.is_main_process
+    whole = unfilled(skeleton(config), torch.device("cpu")) if main else model
+    room = weights_of(whole)
+    for name, part in weights_of(model).items():  # one at a time, so that they stand once
+        weight = gathered(part, keep=main)
+        if main:
+            room[name].copy_(weight)
+    return whole.to(accelerator.device) if main else model
 
 
 def _require_apart(cradle: Cradle, model: PreTrainedModel) -> None:

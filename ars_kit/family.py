@@ -17,7 +17,7 @@ from ars_kit.adapters import Adapters, new_tensors, share_of
 from ars_kit.births import Cradle, Newborn, finished, member_seed, plant
 from ars_kit.curve import Curve
 from ars_kit.data import Corpus
-from ars_kit.dealing import delivered, unfilled
+from ars_kit.dealing import collected, delivered
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
@@ -31,7 +31,6 @@ from ars_kit.models import (
     flops_per_token,
     parameter_groups,
     save_member,
-    skeleton,
     weights_of,
 )
 from ars_kit.optim import build_optimizer, under_recipe
@@ -40,7 +39,7 @@ from ars_kit.ranks import mean_over_ranks
 from ars_kit.recovery import Recovery
 from ars_kit.report import model_card
 from ars_kit.roster import bad_name
-from ars_kit.sharding import dealt, gathered, is_sharded, scattered
+from ars_kit.sharding import dealt, is_sharded, scattered
 from ars_kit.spec import Assessment, Finishing, Seed
 from ars_kit.states import HISTORY
 from ars_kit.store import RunFolder
@@ -156,7 +155,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     train_member(job)
     if adapters is not None:
         adapters.merge(seed=member_seed(settings.family.seed, member.name))
-    model = _whole(family, member, model)
+    model = collected(model, member.config, accelerator)
     if accelerator.is_main_process:
         quality = _judged(family, member, model)
         metrics = member_metrics(cradle, member, job, born, quality)
@@ -253,20 +252,6 @@ def _adapted(
     adapters = Adapters(born.model, lora, whole=whole, rng=rng)
     flops = share.flops * member.tokens
     return replace(member, trainable_parameters=share.parameters, flops=flops), adapters
-
-
-def _whole(family: Family, member: MemberPlan, model: PreTrainedModel) -> PreTrainedModel:
-    """Return a trained model with all of its weights, on the main process; the rest keep theirs."""
-    if not is_sharded(model):
-        return model
-    main = family.accelerator.is_main_process
-    whole = unfilled(skeleton(member.config), torch.device("cpu")) if main else model
-    room = weights_of(whole)
-    for name, part in weights_of(model).items():  # one at a time, so that they stand once
-        weight = gathered(part, keep=main)
-        if main:
-            room[name].copy_(weight)
-    return whole.to(family.accelerator.device) if main else model
 
 
 def _loss(family: Family, name: str, born: Newborn) -> Any:
