@@ -6,6 +6,7 @@ optimizer they are given; here those are the wrapped one's own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Wrapper(Optimizer):
+class Wrapper(Optimizer, ABC):
     """Everything of a :class:`torch.optim.Optimizer` but the step, handed on to ``base``.
 
     A subclass has a state of its own besides, by ``damping_state`` and ``load_damping_state``.
@@ -106,10 +107,10 @@ class Wrapper(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    @abstractmethod
     def damping_state(self) -> dict[str, Any]:
         """Return what is not the base's; the same on every rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_damping_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`damping_state` returned."""
-        raise NotImplementedError

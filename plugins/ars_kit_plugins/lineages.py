@@ -18,8 +18,7 @@ OptState = Literal["derive", "reset"]
 
 COOLING = 1.0
 """Share of its steps in which the last of a chain cools: it trains for few, and nothing is born of
-it that would have to be warm. With the run's 0.3 it ended 0.02 to 0.03 nats higher (see
-docs/inheritance.md)."""
+it that would have to be warm. What it is worth was measured: docs/inheritance.md."""
 
 
 def continuation(
