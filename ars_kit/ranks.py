@@ -20,7 +20,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.errors import ArsKitError, ConfigError, PluginError
 from ars_kit.sharding import is_sharded, materialise
 
 if TYPE_CHECKING:
@@ -218,8 +218,14 @@ def not_alone(accelerator: Accelerator) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or _LOST.search(str(error))
+    except (RuntimeError, PluginError) as error:
+        # A plugin whose collective call was cut off, such as a sharded optimizer, is not to blame.
+        found = error.__cause__ if isinstance(error, PluginError) else error
+        while isinstance(found, PluginError):
+            found = found.__cause__
+        lost = isinstance(found, RuntimeError) and (
+            isinstance(found, dist.DistError) or _LOST.search(str(found))
+        )
         if accelerator.num_processes == 1 or not lost:
             raise
         raise ArsKitError(

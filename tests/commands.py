@@ -7,6 +7,7 @@ process started.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -112,6 +113,7 @@ def _live(
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(n, "w"), "utf-8", line_buffering=True) for n in (1, 2)
     )
+    faulthandler.enable()  # where a process dies of itself, it says where
     main(*given)
 
 

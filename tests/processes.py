@@ -38,6 +38,10 @@ def run_two(
         )
         for rank in range(2)
     ]  # fmt: skip
-    for process, end in zip(ranks, ends, strict=True):
-        _, errors = process.communicate()
-        assert process.returncode == end, errors[-3000:]
+    said = [process.communicate()[1] for process in ranks]
+    ended = tuple(process.returncode for process in ranks)
+    # The one that broke leaves its peer a closed connection: both say why.
+    assert ended == ends, "\n".join(
+        f"--- rank {rank} ended with {ended[rank]}:\n{errors[-3000:]}"
+        for rank, errors in enumerate(said)
+    )

@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from ars_kit.dealing import _require_whole
-from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.errors import ArsKitError, ConfigError, PluginError
 from ars_kit.ranks import _require_fsdp2, not_alone, require_seen
 from ars_kit.spec import Seed
 
@@ -83,3 +83,12 @@ def test_a_lost_process_is_told_in_words(text: str) -> None:
         raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="shapes"), not_alone(fake()):
         raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_a_plugin_that_a_lost_process_broke_is_not_blamed() -> None:
+    broke = PluginError("the base optimizer failed at step 1")
+    broke.__cause__ = RuntimeError("[gloo/pair.cc] Read error: Connection reset by peer")
+    with pytest.raises(ArsKitError, match="process 1 of 2 has lost another"), not_alone(fake()):
+        raise PluginError(f"{broke}; nothing was kept yet") from broke
+    with pytest.raises(PluginError, match="of its own"), not_alone(fake()):
+        raise PluginError("timed out of its own")
