@@ -209,6 +209,18 @@ def wrapped(accelerator: Accelerator, model: PreTrainedModel) -> Any:
     return model if is_sharded(model) else accelerator.prepare(model)
 
 
+def lost_another(error: BaseException | None) -> bool:
+    """Return whether a collective call ended in ``error`` because its other side is gone.
+
+    A plugin in which it happened, such as a sharded optimizer, is not to blame.
+    """
+    while isinstance(error, PluginError):
+        error = error.__cause__
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))
+
+
 @contextmanager
 def not_alone(accelerator: Accelerator) -> Iterator[None]:
     """Say in words that another process is gone.
@@ -219,14 +231,7 @@ def not_alone(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, PluginError) as error:
-        # A plugin whose collective call was cut off, such as a sharded optimizer, is not to blame.
-        found = error.__cause__ if isinstance(error, PluginError) else error
-        while isinstance(found, PluginError):
-            found = found.__cause__
-        lost = isinstance(found, RuntimeError) and (
-            isinstance(found, dist.DistError) or _LOST.search(str(found))
-        )
-        if accelerator.num_processes == 1 or not lost:
+        if accelerator.num_processes == 1 or not lost_another(error):
             raise
         raise ArsKitError(
             f"process {accelerator.process_index} of {accelerator.num_processes} has lost another: "

@@ -72,7 +72,8 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
     stop = stop or Stop()
     accelerator = make_accelerator(plan)
     require_equal_parts(plan.settings, accelerator.num_processes)
-    require_shardable(host, plan.settings.optimizer, accelerator)
+    with not_alone(accelerator):
+        require_shardable(host, plan.settings.optimizer, accelerator)
     folder = RunFolder(out)
     guard = folder.lock() if accelerator.is_main_process else nullcontext()
     with not_alone(accelerator), guard, stop.listening():

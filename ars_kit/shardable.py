@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ars_kit.errors import ConfigError
 from ars_kit.factors import is_quantised
 from ars_kit.optim import base_name, make_base
+from ars_kit.ranks import lost_another
 from ars_kit.sharding import dealt, dealt_state, gathered
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def require_shardable(host: Host, settings: OptimizerSettings, accelerator: Acce
         return
     try:
         reason = _reason(host, settings, accelerator)
-    except Exception as error:  # noqa: BLE001 -- an optimizer may raise anything
+    except Exception as error:  # an optimizer may raise anything
+        if lost_another(error):
+            raise
         sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
         reason = f"it ends in {type(error).__name__}: {sentence}"
     if reason:

@@ -10,9 +10,12 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from ars_kit import shardable
 from ars_kit.dealing import _require_whole
 from ars_kit.errors import ArsKitError, ConfigError, PluginError
+from ars_kit.host import Host
 from ars_kit.ranks import _require_fsdp2, not_alone, require_seen
+from ars_kit.settings import OptimizerSettings
 from ars_kit.spec import Seed
 
 FILES = Path(__file__).parent.parent / "docs" / "examples" / "accelerate"
@@ -92,3 +95,18 @@ def test_a_plugin_that_a_lost_process_broke_is_not_blamed() -> None:
         raise PluginError(f"{broke}; nothing was kept yet") from broke
     with pytest.raises(PluginError, match="of its own"), not_alone(fake()):
         raise PluginError("timed out of its own")
+
+
+def test_an_optimizer_s_trial_that_a_lost_process_cut_off_does_not_refuse_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reason(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(shardable, "_reason", reason)
+    for error, told in (
+        (RuntimeError("Connection closed by peer"), RuntimeError),
+        (RuntimeError("cannot be sharded"), ConfigError),
+    ):
+        with pytest.raises(told, match=str(error)):
+            shardable.require_shardable(Host.installed(), OptimizerSettings(), fake(is_fsdp2=True))
