@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -109,6 +109,7 @@ def say(line: str) -> None:
     show_default=True,
     help="Share of every member's steps in which its rate falls.",
 )
+@click.option("--rates", help="Peak learning rates that are tried, at width 32.  [the scale's own]")
 @click.option("--jobs", default=1, show_default=True, help="Processes, of one thread each.")
 @click.option("--work", type=click.Path(path_type=Path), help="For runs under way.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results, without suffix.")
@@ -122,13 +123,14 @@ def main(  # noqa: PLR0913 -- a command's options
     first_seed: int,
     optimizer: str,
     decay: float,
+    rates: str | None,
     jobs: int,
     work: Path | None,
     out: Path | None,
     report_only: bool,
 ) -> None:
     """Run the benchmark and write its report as Markdown, JSON and SVG."""
-    scale = SCALES[name]
+    scale = _tried(SCALES[name], rates)
     work = work or Path(tempfile.gettempdir()) / "arskit-inheritance"
     text = cut(list(data), work)
     out = out or RESULTS / f"inheritance-{name}-{data[0].stem}"
@@ -160,6 +162,13 @@ def main(  # noqa: PLR0913 -- a command's options
     )
     for line in write(out, facts, scale, {k: f for k in keys if (f := bench.book.families.get(k))}):
         click.echo(line)
+
+
+def _tried(scale: Scale, rates: str | None) -> Scale:
+    try:
+        return replace(scale, rates=tuple(map(float, rates.split(",")))) if rates else scale
+    except ValueError:
+        raise click.UsageError(f"--rates {rates!r} is not numbers with commas between") from None
 
 
 def _tuned(bench: Bench, chosen: list[str]) -> dict[str, tuple[float, float]]:
