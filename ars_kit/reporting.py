@@ -8,7 +8,6 @@ from pathlib import Path
 from ars_kit import charts, sections
 from ars_kit.comparison import Comparison, compare_runs
 from ars_kit.kinship import drawn
-from ars_kit.losses import smoothed
 from ars_kit.page import (
     Block,
     Code,
@@ -22,16 +21,14 @@ from ars_kit.page import (
     as_html,
     as_markdown,
 )
-from ars_kit.reach import Spent, family_points, points
 from ars_kit.records import MemberRecord, RunRecord, read_run
 from ars_kit.scenarios import scenarios
 from ars_kit.store import RunFolder
 from ars_kit.summary import summary
+from ars_kit.traces import factors_of, heldout_lines, training_lines, wants_log
 from ars_kit.verdicts import RULE, checks
 
 REPORTS = ("report.md", "report.html")
-MOST_POINTS = 400
-"""Points that a line is drawn with at most: more are not seen, and a file stays small."""
 
 
 def write_report(out: Path, beside: Sequence[Path] = ()) -> list[Path]:
@@ -109,7 +106,7 @@ def _family(run: RunRecord) -> Iterator[Block]:
 
 def _losses(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
     curves = [m for m in run.members if m.curve]
-    made = _heldout_lines(run, comparison) if curves else _training_lines(run)
+    made = heldout_lines(run, comparison) if curves else training_lines(run)
     if not made:
         yield Text("No step was recorded yet.")
         return
@@ -130,56 +127,6 @@ def _losses(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
         yield sections.curve_table(run)
     else:
         yield Text("No held-out curve was drawn; run.heldout_every asks for one.")
-
-
-def _heldout_lines(run: RunRecord, comparison: Comparison) -> list[charts.Line]:
-    family = _by_member(list(family_points(run)))
-    found = [
-        charts.Line(
-            name, [p.flops for p in ps], [p.loss for p in ps], charts.shade(i, len(family)), 0
-        )
-        for i, (name, ps) in enumerate(family.items())
-    ]
-    for at, group in enumerate(comparison.groups[1:]):
-        control = group.runs[0]
-        largest = control.largest or control.members[0]
-        chain = any(control.member(m.parent) for m in control.members if m.parent)
-        ps = points(control, largest.name, ancestors=True) if chain else []
-        alone = [] if chain else [points(control, m.name, ancestors=False) for m in control.members]
-        for nth, line in enumerate([ps, *alone]):
-            if line:
-                label = group.name if nth in (0, 1) else f"_{group.name} {line[0].member}"
-                xs, ys = [p.flops for p in line], [p.loss for p in line]
-                found.append(charts.Line(label, xs, ys, f"c{at % charts.HUES}", at + 1))
-    return found
-
-
-def _by_member(curve: Sequence[Spent]) -> dict[str, list[Spent]]:
-    found: dict[str, list[Spent]] = {}
-    for point in curve:
-        found.setdefault(point.member, []).append(point)
-    return found
-
-
-def _training_lines(run: RunRecord) -> list[charts.Line]:
-    found, spent = [], 0.0
-    planned = {m["name"]: m["flops"] / m["steps"] for m in (run.plan or {}).get("members", [])}
-    for i, member in enumerate(run.by_birth):
-        rows = [r for r in member.history if not r["skipped"] and r["loss"] is not None]
-        per_step = (
-            member.metrics["flops"] / member.metrics["steps"]
-            if member.metrics.get("steps")
-            else planned.get(member.name)
-        )
-        if rows and per_step:
-            xs = [spent + per_step * (row["step"] + 1) for row in rows]
-            ys = smoothed([row["loss"] for row in rows])
-            colour = charts.shade(i, len(run.members))
-            found.append(charts.Line(member.name, _thin(xs), _thin(ys), colour, 0))
-        if not member.metrics:  # where the next would begin is not known
-            break
-        spent += member.metrics["total_flops"]
-    return found
 
 
 def _quality(run: RunRecord) -> Iterator[Block]:
@@ -213,73 +160,24 @@ def _bounded(member: MemberRecord, key: str) -> tuple[float, float, float] | Non
 
 
 def _damping(run: RunRecord) -> Iterator[Block]:
-    recorded = [m for m in run.by_birth if m.history]
-    if not recorded:
+    factors = factors_of(run)
+    if not factors.members:
         yield Text("No step was recorded, so there is nothing to see of damping.")
         return
-    gates = list(dict.fromkeys(g for m in run.finished for g in m.metrics["gates"]))
-    series: dict[str, tuple[list[float], list[float]]] = {n: ([], []) for n in ("damping", *gates)}
-    skipped, back, labels, first = list[float](), list[float](), list[tuple[float, str]](), 0
-    for member in recorded:
-        for row in member.history:
-            at = first + row["step"]
-            if row.get("went_back"):
-                back.append(at)
-            if row["skipped"]:
-                skipped.append(at)
-                continue
-            values = {"damping": row["gradient"] * row["step_size"], **row}
-            for name, (xs, ys) in series.items():
-                if values.get(name) is not None:
-                    xs.append(at)
-                    ys.append(values[name])
-        labels.append((first + len(member.history) / 2, member.name))
-        first += len(member.history)
-    active = {
-        n: s for n, s in series.items() if n == "damping" or any(abs(y - 1) > 1e-3 for y in s[1])
-    }  # norm memory may amplify alone
-    drawn_lines = [
-        charts.Line(n, _thin(xs), _thin(_eased(ys)), f"c{(i + 5) % charts.HUES}", i)
-        for i, (n, (xs, ys)) in enumerate(active.items())
-        if xs
-    ]
-    quiet = [n for n in gates if n not in active]
-    lowest = min(series["damping"][1], default=1.0)
+    made = factors.lines()
     alt = (
-        f"Damping of each step over {first} steps of {len(recorded)} members; the lowest is "
-        f"{lowest:.3f}, {len(skipped)} steps were skipped."
+        f"Damping of each step over {factors.steps} steps of {len(factors.members)} members; the "
+        f"lowest is {factors.lowest:.3f}, {len(factors.skipped)} steps were skipped."
     )
-    marks = {k: v for k, v in {"skipped step": skipped, "went back": back}.items() if v}
+    marks = {"skipped step": factors.skipped, "went back": factors.back}
     plot = charts.lines(
-        "Damping", alt, drawn_lines, x="step of the family", y="factor; 1 is undamped",
-        marks=marks, labels=labels, log=_wants_log(drawn_lines),
+        "Damping", alt, made, x="step of the family", y="factor; 1 is undamped",
+        marks={k: v for k, v in marks.items() if v}, labels=factors.members, log=wants_log(made),
     )  # fmt: skip
     yield Figure("Damping over time, smoothed, and the gates that ever acted", alt, plot)
-    if quiet:
+    if quiet := factors.quiet:
         yield Text(f"Gates that changed no step that was taken: {', '.join(quiet)}.")
     yield sections.gates_table(run)
-
-
-def _wants_log(drawn_lines: Sequence[charts.Line]) -> bool:
-    """Whether one line would flatten the rest: norm memory may amplify a tensor many times."""
-    values = [y for line in drawn_lines for y in line.ys]
-    return bool(values) and max(values) > 2 and min(values) > 0
-
-
-def _eased(values: Sequence[float]) -> list[float]:
-    """Return means over 9 steps, so that a line is legible; the table has the exact means."""
-    half = 4
-    return [
-        sum(window := values[max(0, i - half) : i + half + 1]) / len(window)
-        for i in range(len(values))
-    ]
-
-
-def _thin(values: Sequence[float]) -> list[float]:
-    stride = -(-len(values) // MOST_POINTS)
-    return [*values[::stride]] if len(values) % stride == 1 or stride == 1 else [
-        *values[::stride], values[-1]
-    ]  # fmt: skip
 
 
 def _controls(run: RunRecord, comparison: Comparison) -> Iterator[Block]:
