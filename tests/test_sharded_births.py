@@ -18,7 +18,7 @@ from test_ranks import FSDP, rows, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ars_kit import dealing, family
+from ars_kit import dealing, family, readying
 from ars_kit.errors import ArsKitError, PluginError
 from ars_kit.sharding import gathered
 
@@ -58,7 +58,7 @@ class Peak(TorchDispatchMode):
 @contextmanager
 def watched(home: Path, rank: int) -> Iterator[None]:
     """Note what a birth holds at its peak, and whether what was dealt out is what was borne."""
-    plain, load, bear = dealing.delivered, family.load_named_state, dealing.bear
+    plain, load, bear = dealing.delivered, readying.load_named_state, dealing.bear
     borne: dict[str, Any] = {}
     peak = Peak()
 
@@ -100,12 +100,12 @@ def watched(home: Path, rank: int) -> Iterator[None]:
         said = {"peak": peak.most, "sizes": sizes, "same": borne["same"]}
         (home / f"{name}-{rank}").write_text(json.dumps(said))
 
-    family.delivered, family.load_named_state = deliver, load_state
+    family.delivered, readying.load_named_state = deliver, load_state
     dealing.bear = bear_once
     try:
         yield
     finally:
-        family.delivered, family.load_named_state = plain, load
+        family.delivered, readying.load_named_state = plain, load
         dealing.bear = bear
 
 
