@@ -346,7 +346,7 @@ def test_an_heir_reads_what_its_parent_left_to_a_replay(
         starts.append(rest["start"])
         return Batches(*args, **rest)
 
-    monkeypatch.setattr("ars_kit.family.Batches", reading)
+    monkeypatch.setattr("ars_kit.readying.Batches", reading)
     plan = plan_run(resolve(flags, {}), host)
     execute(plan, host, tmp_path / "run", cache, watcher=Quiet())
     assert [m.start for m in plan.members] == [0, 0, 3 * 4]
