@@ -132,16 +132,16 @@ class NormMemory(TensorState):
     gradient that was exactly zero so far (the inner weights of a block born as the identity) begins
     its memory with its first value.
 
-    Without ``shrink`` n may be as small as it likes. An adaptive optimizer is blind to a gradient's
-    scale and not to its course: while gamma falls, as norms do early in training, the second
-    moment, which looks back further than the first, makes steps smaller. ``shrink`` 1.05 keeps the
-    course nearly level.
+    An adaptive optimizer is blind to a gradient's scale and not to its course: while gamma falls, as
+    norms do early in training, the second moment, which looks back further than the first, makes
+    steps smaller. So the course is kept nearly level; with ``shrink`` None n may be as small as it
+    likes.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
 
     def __init__(
-        self, *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = None
+        self, *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = 1.05
     ) -> None:
         if not 0 <= decay < 1 or not growth >= 1 or not (shrink is None or shrink >= 1):
             raise ValueError("decay must lie in [0, 1), and growth and shrink be at least 1")
@@ -174,6 +174,7 @@ class Judgement(NamedTuple):
         middle: median of the later half.
         evidence: for a period; above 1 it is significant.
         period: the likeliest, in steps.
+        redness: correlation of each loss with the one before.
     """
 
     progress: Tensor
@@ -181,6 +182,7 @@ class Judgement(NamedTuple):
     middle: Tensor
     evidence: Tensor
     period: Tensor
+    redness: Tensor
 
 
 class EntropyGuard(TensorState):
@@ -194,7 +196,9 @@ class EntropyGuard(TensorState):
       distances so that periodic data are not met always in one phase) each one points against the
       optimizer's first moment. Were the signs even, that would happen once in 2^16. A negative
       product of gradient and step is Pflug's sign of having arrived (1990) and, as a hypergradient,
-      the sign of too large a step (Baydin et al., 1703.04782),
+      the sign of too large a step (Baydin et al., 1703.04782). It is also what training at a sound
+      rate comes to where the noise of its batches keeps the loss from falling; so each loss must
+      take after the one before it, as where the weights move it, and not where new batches do,
 
     and there is no progress: the mean of the later half of the losses is not half a sigma (of the
     detrended losses) below that of the earlier half. So data read in an unshuffled cycle, whose
@@ -217,6 +221,7 @@ class EntropyGuard(TensorState):
     acts_on = "step"
     EVERY = 8
     RISES = 3
+    RED = 2 / math.sqrt(WINDOW)
     TURNS = 16
     psi: Tensor
     turns: Tensor
@@ -259,7 +264,9 @@ class EntropyGuard(TensorState):
         found = self.detect(window, self.best)
         self.overshoot = (self.turns < 0).float().mean()
         self.rises = torch.where(full & found.rises, self.rises + 1, torch.zeros_like(self.rises))
-        oscillates = (found.evidence > 1) | (self.overshoot >= 1)
+        # Two standard errors of the correlation that white noise has.
+        overshoots = (self.overshoot >= 1) & (found.redness >= self.RED)
+        oscillates = (found.evidence > 1) | overshoots
         alarm = (oscillates & ~found.progress) | (self.rises >= self.RISES)
         eased = torch.where(self.overshoot < 0.75, (self.psi * 1.02**8).clamp(max=1.0), self.psi)
         damped = torch.where(alarm, (0.7 * self.psi).clamp(min=self.floor), eased)
@@ -295,6 +302,7 @@ class EntropyGuard(TensorState):
             middle=middle,
             evidence=found.evidence,
             period=found.period,
+            redness=found.redness,
         )
 
 

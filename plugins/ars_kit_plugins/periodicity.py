@@ -45,6 +45,8 @@ class Finding(NamedTuple):
         period: of that candidate, in steps; shape (...).
         tame: the losses with outliers pulled to 3 sigma from their trend; shape (..., 64).
         sigma: robust standard deviation of the losses about their trend; shape (...).
+        redness: correlation of each loss with the one before it, about their trend, in [0, 0.99];
+            shape (...).
         error: standard error of the difference between the means of the window's halves, were
             there no period and no trend but the same red noise; shape (...).
     """
@@ -53,6 +55,7 @@ class Finding(NamedTuple):
     period: Tensor
     tame: Tensor
     sigma: Tensor
+    redness: Tensor
     error: Tensor
 
 
@@ -84,13 +87,15 @@ class PeriodTest:
         weights = torch.einsum("...w,kwd->...kd", rest, basis)
         without = rest[..., None, :] - torch.einsum("...kd,kwd->...kw", weights, basis)
         floor = WINDOW * (ROUNDING * fitted[..., WINDOW // 2]).square() + 1e-30
-        null, phi = _innovations(rest)
+        null, redness = _innovations(rest)
         ratio = (_innovations(without)[0] + floor[..., None]) / (null + floor)[..., None]
         evidence, strongest = (ratio.log() / critical).max(-1)
         # Removing a trend takes redness away with it; by simulation about so much at n = 64.
-        phi = (phi + (2 + 8 * phi) / WINDOW).clamp(max=0.97)
+        phi = (redness + (2 + 8 * redness) / WINDOW).clamp(max=0.97)
         error = (null / FREEDOM * 4 / WINDOW).sqrt() / (1 - phi)
-        return Finding(evidence, periods.take(strongest), fitted + tame, sigma[..., 0], error)
+        return Finding(
+            evidence, periods.take(strongest), fitted + tame, sigma[..., 0], redness, error
+        )
 
 
 def _innovations(x: Tensor) -> tuple[Tensor, Tensor]:
