@@ -132,9 +132,9 @@ class NormMemory(TensorState):
     gradient that was exactly zero so far (the inner weights of a block born as the identity) begins
     its memory with its first value.
 
-    An adaptive optimizer is blind to a gradient's scale and not to its course: while gamma falls, as
-    norms do early in training, the second moment, which looks back further than the first, makes
-    steps smaller. So the course is kept nearly level; with ``shrink`` None n may be as small as it
+    An adaptive optimizer is blind to a gradient's scale and not to its course: were gamma to fall
+    as norms do early in training, the second moment, which looks back further than the first, would
+    make steps smaller. So it is kept nearly level; with ``shrink`` None n may be as small as it
     likes.
     """
 
