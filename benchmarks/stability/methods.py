@@ -43,11 +43,11 @@ DAMPED = "ars"
 
 CLIPPED = "ars-with-clip"
 """The wrapper with clipping to a global norm of 1.0 where its norm memory is."""
-FALLING = "ars-falling"
-"""The wrapper with a norm memory that falls as fast as the norms do."""
+LEVEL = "ars-level"
+"""The wrapper with a norm memory that falls as slowly as it rises."""
 ORACLE = "oracle"
 """No method, but a bound: the wrapper, told what its surprise gate has to guess."""
-OTHER_NORMS = {CLIPPED: Choice("clip"), FALLING: Choice("norm-memory", {"shrink": None})}
+OTHER_NORMS = {CLIPPED: Choice("clip"), LEVEL: Choice("norm-memory", {"shrink": 1.05})}
 RUINED = frozenset({"clean", *(p.name for p in PROVOCATIONS.values() if p.ruins)})
 
 

@@ -98,17 +98,21 @@ def named(name: str) -> str:
 
 
 def level(name: str) -> str:
-    """Return what a norm memory that is kept level is worth, against one that falls."""
+    """Return what a level norm memory is worth, minus clip and minus ARS as it is."""
     tree = read(name)
     scores = _scores(tree)
     rows = []
     for provocation in tree["provocations"]:
-        own, falling = (scores.get((provocation, m), {}) for m in ("ars", "ars-falling"))
-        clip = scores.get((provocation, "clip"), {})
-        dead = sum(v is None for v in clip.values())
-        against = figure(asdict(paired(falling, clip))) or f"clip dead {dead}/{len(clip)}"
-        rows.append([provocation, figure(asdict(paired(own, falling))), against])
-    return table(["provocation", "level minus falling", "falling minus clip"], rows)
+        own = scores.get((provocation, "ars-level"), {})
+        cells = []
+        for other in ("clip", "ars"):
+            theirs = scores.get((provocation, other), {})
+            dead = sum(v is None for v in theirs.values())
+            cells.append(
+                figure(asdict(paired(own, theirs))) or f"{other} dead {dead}/{len(theirs)}"
+            )
+        rows.append([provocation, *cells])
+    return table(["provocation", "level, minus clip", "level, minus ARS"], rows)
 
 
 def scores(name: str) -> str:

@@ -50,15 +50,15 @@ def jitter(*, scale: float = 0.05, seed: int = 0) -> DampingGate:
 
 
 def norm_memory(
-    *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = 1.05
+    *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = None
 ) -> DampingGate:
     """Give each tensor's gradient the norm it has had of late.
 
     Args:
         decay: weight of the past in the remembered norm.
         growth: largest factor by which one step may exceed the memory when it is learned.
-        shrink: the same downwards, so that the memory stays nearly level; none lets it fall as fast
-            as the norms do.
+        shrink: the same downwards: 1.05 keeps the memory nearly level; none lets it fall as fast as
+            the norms do.
     """
     from ars_kit_plugins.gating import NormMemory  # noqa: PLC0415 -- torch is slow to import
 

@@ -132,16 +132,16 @@ class NormMemory(TensorState):
     gradient that was exactly zero so far (the inner weights of a block born as the identity) begins
     its memory with its first value.
 
-    An adaptive optimizer is blind to a gradient's scale and not to its course: were gamma to fall
-    as norms do early in training, the second moment, which looks back further than the first, would
-    make steps smaller. So it is kept nearly level; with ``shrink`` None n may be as small as it
-    likes.
+    Without ``shrink`` n may be as small as it likes. An adaptive optimizer is blind to a gradient's
+    scale and not to its course: while gamma falls, as norms do early in training, the second
+    moment, which looks back further than the first, makes steps smaller. ``shrink`` 1.05 keeps the
+    course nearly level: better for a model that trains from fresh weights, worse for heirs.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
 
     def __init__(
-        self, *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = 1.05
+        self, *, decay: float = 0.98, growth: float = 1.05, shrink: float | None = None
     ) -> None:
         if not 0 <= decay < 1 or not growth >= 1 or not (shrink is None or shrink >= 1):
             raise ValueError("decay must lie in [0, 1), and growth and shrink be at least 1")
