@@ -72,6 +72,17 @@ def test_an_export_that_failed_is_not_tried_at_every_start(
     assert exporter.calls == 2
 
 
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime-genai", "torch", "transformers"])
+def test_an_export_that_other_versions_made_is_made_anew(
+    service: Service, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, real = Fake(), kept.version
+    for installed in (real(package), "9.9", "9.9"):
+        monkeypatch.setattr(kept, "version", lambda n, v=installed: v if n == package else real(n))
+        derived.derived_engine(service, exporter, "fake")
+    assert exporter.calls == 2
+
+
 def test_another_checkpoint_and_another_form_are_tried(service: Service) -> None:
     exporter = Fake(ConfigError("no"))
     for form in ("fake", "fake", "other"):
@@ -180,5 +191,6 @@ def test_a_note_names_the_versions_it_is_true_of(service: Service) -> None:
     failures.remember("no")
     versions = json.loads(failures.file.read_text())["versions"]
     assert set(versions) == {
-        "ars-kit", "onnxruntime", "onnxruntime-genai", "torch", "transformers",
+        "ars-kit", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxscript", "torch",
+        "transformers",
     }  # fmt: skip

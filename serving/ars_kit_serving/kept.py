@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -21,6 +22,11 @@ DAYS = 30
 
 FAILED = ".failed.json"
 
+MAKERS = (
+    "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxscript", "torch", "transformers",
+)  # fmt: skip
+"""Packages that write an export, or run it."""
+
 
 class TransientError(ConfigError):
     """An export failed for a reason that may be gone the next time. Exit code 3."""
@@ -29,19 +35,18 @@ class TransientError(ConfigError):
 def path_of(service: Service, form: str) -> Path:
     """Return where a service's export of a form is kept.
 
-    Its name holds the checkpoint's digest and the versions of those who write and read it.
+    Its name holds the checkpoint's digest, and one of the versions of those who write and read it:
+    what an older one wrote is not served, and what it failed at is tried again.
     """
-    versions = "-".join([__version__, version("onnxruntime")])
-    return service.cache / f"{service.digest[:32]}-{form}-{versions}"
+    known = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode()).hexdigest()
+    return service.cache / f"{service.digest[:32]}-{form}-{known[:16]}"
 
 
 class Failures:
     """Remembers that an export failed, so that the next start need not try.
 
-    What failed is tried again as soon as one of the packages it depends on has another version.
-
     Args:
-        target: where the export would be.
+        target: where the export would be, by :func:`path_of`.
     """
 
     def __init__(self, target: Path) -> None:
@@ -55,16 +60,14 @@ class Failures:
         """
         try:
             found: Any = json.loads(self.file.read_text(encoding="utf-8"))
-            known = found["versions"] == _versions()
             reason, when = str(found["reason"]), str(found["when"])
         except (OSError, ValueError, KeyError, TypeError):
             return  # never failed, or its note cannot be read: try
-        if known:
-            raise ConfigError(f"{reason} (found {when}; to try again, remove {self.file})")
+        raise ConfigError(f"{reason} (found {when}; to try again, remove {self.file})")
 
     def remember(self, reason: str) -> None:
         """Write a failure down."""
-        found = {"reason": reason, "when": time.strftime("%Y-%m-%d"), "versions": _versions()}
+        found = {"reason": reason, "when": time.strftime("%Y-%m-%d"), "versions": versions()}
         make_directory(self.file.parent)
         write_atomically(self.file, json.dumps(found, indent=1) + "\n", scratch=self.file.parent)
 
@@ -106,9 +109,10 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of all that has a part in an export, ``none`` for what is not there."""
     found = {"ars-kit": __version__}
-    for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers"):
+    for name in MAKERS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
