@@ -111,6 +111,46 @@ def test_what_was_killed_is_tried_again(service: Service, monkeypatch: pytest.Mo
         assert "remove" not in str(found.value)
 
 
+@pytest.mark.parametrize("said", [
+    "Traceback:\nMemoryError",
+    "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes",
+    "OSError: [Errno 28] No space left on device\nDuring handling of it:\nRuntimeError: no model",
+])  # fmt: skip
+def test_a_builder_that_ran_short_is_tried_again(
+    service: Service, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short:
+        returncode, stderr = 1, said
+
+    monkeypatch.setattr("ars_kit_serving.genai.HEAD", 1)
+    monkeypatch.setattr("ars_kit_serving.genai.subprocess.run", lambda *_, **__: Short())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="was short of memory or disk") as found:
+            derived.derived_engine(service, GenaiExporter(), "genai")
+        assert len(str(found.value).splitlines()) == 1
+        assert "remove" not in str(found.value)
+
+
+@pytest.mark.parametrize("cause", [MemoryError(), OSError(28, "No space left on device")])
+def test_an_export_that_ran_short_is_tried_again(service: Service, cause: Exception) -> None:
+    error = ConfigError("torch cannot export it")
+    error.__cause__ = RuntimeError("it failed")
+    error.__cause__.__cause__ = cause
+    exporter = Fake(error)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"torch cannot export it$"):
+            derived.derived_engine(service, exporter, "fake")
+    assert exporter.calls == 2
+
+
+def test_a_lack_of_memory_is_one_line(service: Service) -> None:
+    exporter = Fake(MemoryError())
+    for _ in range(2):
+        with pytest.raises(kept.TransientError, match="too little memory to export to fake"):
+            derived.derived_engine(service, exporter, "fake")
+    assert exporter.calls == 2
+
+
 def test_exports_that_nobody_served_for_a_month_are_removed(service: Service) -> None:
     def age(path: Path) -> None:
         os.utime(path, (time.time() - MONTH,) * 2)

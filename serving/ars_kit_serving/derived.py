@@ -12,7 +12,7 @@ from ars_kit.models import load_base_config
 from ars_kit.spec import Engine, Exporter, Service
 from ars_kit_serving.engines.context import context_of
 from ars_kit_serving.export import write_compared
-from ars_kit_serving.kept import Failures, TransientError, clear_unused, path_of
+from ars_kit_serving.kept import Failures, TransientError, clear_unused, is_transient, path_of
 
 PROBES, PROBE = 4, 64
 """Sequences of tokens, drawn at random, on which every logit is compared, and their length."""
@@ -31,6 +31,7 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
     Raises:
         ConfigError: the checkpoint cannot be exported, or computes something else when it is; or
             that was found before, and is remembered.
+        TransientError: there was too little memory, or disk, which is not remembered.
     """
     config = load_base_config(str(service.path.absolute()))
     context = context_of(config, service)
@@ -54,13 +55,14 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
             reason = f"its export does not compute the same: {error}"
             failures.remember(reason)
             raise ConfigError(reason) from error
-        except TransientError:
-            raise
+        except MemoryError as error:
+            raise TransientError(f"there was too little memory to export to {form}") from error
         except OSError:  # another server may have made it meanwhile, and it appears whole
             if not target.is_dir():
                 raise
         except ConfigError as error:
-            failures.remember(str(error))
+            if not is_transient(error):
+                failures.remember(str(error))
             raise
     clear_unused(service, in_use=target)
     return exporter.open(target, context=context, slots=service.slots)

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from ars_kit.errors import ConfigError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Engine
 from ars_kit_serving.engines.context import require_exportable
 from ars_kit_serving.engines.shared_buffers import SharedBufferEngine
-from ars_kit_serving.kept import TransientError
+from ars_kit_serving.kept import SHORT, TransientError
 
 MODEL = "model.onnx"
 TOLERANCE = 1e-4
@@ -36,7 +36,7 @@ class GenaiExporter:
         Raises:
             ConfigError: it is not installed, does not know the architecture, or would leave out
                 sliding windows, which no comparison of texts shorter than a window can show.
-            TransientError: it was killed.
+            TransientError: it was killed, or short of memory or disk.
         """
         if importlib.util.find_spec("onnxruntime_genai") is None:
             raise ConfigError("it is not installed; type: pip install onnxruntime-genai")
@@ -69,13 +69,23 @@ class GenaiExporter:
                 "have been short of memory"
             )
         if done.returncode or not (target / MODEL).is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [
-                "no reason given"
-            ]
-            raise ConfigError(
-                f"onnxruntime-genai's builder cannot export {config.model_type}: {lines[-1][:300]}"
-            )
+            _raise_reason(config.model_type, done.stderr)
 
     def open(self, target: Path, *, context: int, slots: int, threads: int = 0) -> Engine:
         """Run it in ONNX Runtime, which takes its rows as they are."""
         return SharedBufferEngine(target / MODEL, context=context, slots=slots, threads=threads)
+
+
+def _raise_reason(kind: str, said: str) -> NoReturn:
+    """Say why the builder failed: in its last line, or that which tells of a shortage.
+
+    Raises:
+        TransientError: it was short of memory or disk, wherever its traceback says so.
+        ConfigError: it was not.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no reason given"]
+    if short := next((line for line in reversed(lines) if SHORT.search(line)), None):
+        raise TransientError(
+            f"onnxruntime-genai's builder was short of memory or disk: {short[:300]}"
+        )
+    raise ConfigError(f"onnxruntime-genai's builder cannot export {kind}: {lines[-1][:300]}")

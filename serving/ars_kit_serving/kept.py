@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,8 +29,27 @@ MAKERS = (
 """Packages that write an export, or run it."""
 
 
+SHORT = re.compile(
+    r"MemoryError|OutOfMemory|out of memory|std::bad_alloc|allocate memory|memory allocation of|"
+    r"No space left on device|Disk quota exceeded|os error (?:12|28|122)\b",
+    re.IGNORECASE,
+)
+"""What Python, torch, ONNX Runtime and the system say where memory or a disk is too small."""
+
+
 class TransientError(ConfigError):
     """An export failed for a reason that may be gone the next time. Exit code 3."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether what made an export fail may be gone the next time: a lack of memory, or of disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        named = f"{type(seen).__name__}: {seen}"
+        if isinstance(seen, TransientError | MemoryError) or SHORT.search(named):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def path_of(service: Service, form: str) -> Path:
