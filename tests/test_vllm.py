@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from ars_kit.errors import PluginError
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
-from ars_kit_serving.engines.vllm import VllmEngine, VllmSettings
+from ars_kit_serving.engines.vllm import VllmEngine, VllmSettings, steps_of
 from ars_kit_serving.generation import Model
 from ars_kit_serving.guard import Rules
 from ars_kit_serving.relaying import Relay
@@ -156,6 +156,29 @@ def test_the_end_of_text_ends_an_answer(stage: Stage) -> None:
     assert json.loads(os.environ["DOUBLE_LINES"])[-1] == 0
     made = client.post("/v1/completions", json={**ASK, "max_tokens": 60}).json()
     assert (made["choices"][0]["text"], made["choices"][0]["finish_reason"]) == ("loss", "stop")
+
+
+def test_an_end_that_vllm_alone_knows_ends_an_answer_too(stage: Stage) -> None:
+    client = stage.client("ends")
+    made = client.post("/v1/completions", json={**ASK, "max_tokens": 60}).json()
+    text = stage.tokenizer.decode(stage.tokenizer.prompt("loss 123")[:2])
+    assert (made["choices"][0]["text"], made["choices"][0]["finish_reason"]) == (text, "stop")
+    assert made["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "finish"),
+    [([7, 0], "length", "stop"), ([7, 8], "length", "length"), ([7, 8], "stop", "stop")],
+)
+def test_an_end_by_vllms_word_or_by_its_token_is_a_stop(
+    tokens: list[int], reason: str, finish: str
+) -> None:
+    job = Job([5], Sampler(Sampling()), 9, {0}, print)
+    made = steps_of({"choices": [{"token_ids": tokens, "finish_reason": reason}]}, job)
+    assert [(step.drawn.token, step.finish) for step in made if step.drawn] == [
+        (tokens[0], None),
+        (tokens[1], finish),
+    ]
 
 
 def test_one_that_dies_at_its_start_is_one_line_with_its_reason(stage: Stage) -> None:

@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def say(self, body: dict[str, Any], place: int) -> None:
         token = LINES[place % len(LINES)]
-        ended = token in body["stop_token_ids"]
+        ended = token in body["stop_token_ids"] or (MOOD == "ends" and place == 2)
         choice: dict[str, Any] = {"token_ids": [token], "finish_reason": None, "logprobs": None}
         if ended or place + 1 == body["max_tokens"]:
             choice["finish_reason"] = "stop" if ended else "length"

@@ -221,6 +221,10 @@ def _read(line: bytes, job: Job) -> list[Step]:
 def steps_of(chunk: Mapping[str, Any], job: Job) -> list[Step]:
     """Return the tokens of one chunk.
 
+    vLLM has ends of its own beside those that it is told, from the model's configurations, and
+    hands out the token that ended a text with the others. Some of its versions call the last token
+    that a text may have ``length`` where it is an end.
+
     Raises:
         RuntimeError: the chunk is an error.
     """
@@ -237,7 +241,7 @@ def steps_of(chunk: Mapping[str, Any], job: Job) -> list[Step]:
         raise RuntimeError(f"vLLM gave up: {reason}")
     if not drawn:  # the token that ended the text was kept back
         return [Step(Drawn(min(job.ends)), "stop")]
-    ended = drawn[-1].token in job.ends
+    ended = reason == "stop" or drawn[-1].token in job.ends
     return [*(Step(d) for d in drawn[:-1]), Step(drawn[-1], "stop" if ended else "length")]
 
 
