@@ -409,6 +409,19 @@ def test_the_end_of_text_ends_an_answer(saying: Any, tokenizer: ServedTokenizer)
     assert made["usage"]["completion_tokens"] == len(tokens)
 
 
+@pytest.mark.parametrize(("ends", "known"), [([0, 5], {0, 5}), (6, {0, 6}), (50_256, {0})])
+def test_the_ends_of_a_configuration_are_known_where_none_is_for_generation(
+    checkpoint: Path, tmp_path: Path, ends: Any, known: set[int]
+) -> None:
+    path = shutil.copytree(checkpoint, tmp_path / "plain")
+    assert set(ServedTokenizer(path).ends) == {0}
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": ends}))
+    assert set(ServedTokenizer(path).ends) == {0}  # what is for generation goes before it
+    (path / "generation_config.json").unlink()
+    assert set(ServedTokenizer(path).ends) == known
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_completion_begins_with_the_space_that_parts_it_from_its_prompt(
     tmp_path: Path, stream: bool

@@ -14,6 +14,7 @@ from llguidance.hf import from_tokenizer
 from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
 from transformers import GenerationConfig
 
+from ars_kit.models import load_base_config
 from ars_kit.tokenizer import load_pretrained
 
 DEFAULT_TEMPLATE = (
@@ -53,6 +54,7 @@ class ServedTokenizer:
 
     Raises:
         DataError: it holds no fast tokenizer, or one without an end of text.
+        ConfigError: it has no ``generation_config.json``, and its ``config.json`` cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,11 +73,16 @@ class ServedTokenizer:
         self.token_bytes: Callable[[int], bytes] = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     def _end_tokens(self, path: Path) -> Collection[int]:
-        ends = {int(self._own.eos_token_id)}
+        """Return the tokenizer's end of text, and those that transformers ends the model's at."""
+        named: Any = None
         if (path / "generation_config.json").is_file():
             named = GenerationConfig.from_pretrained(str(path)).eos_token_id
-            ends |= set(named if isinstance(named, list) else [] if named is None else [named])
-        return frozenset(ends)
+        elif (path / "config.json").is_file():
+            config = load_base_config(str(path.absolute()))
+            named = GenerationConfig.from_model_config(config).eos_token_id
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        known = {int(end) for end in ends if 0 <= end < self.size}  # a default may be any number
+        return frozenset({int(self._own.eos_token_id), *known})
 
     def _longest_token(self) -> int:
         """Return the characters that a token stands for at most; 0 where that is not known.
