@@ -14,7 +14,7 @@ from ars_kit.durable import sha256
 from ars_kit.errors import ConfigError
 from ars_kit.outcome import kept_judgements, read_documents, read_metrics, text_hashes
 from ars_kit.resampling import CONFIDENCE, difference_interval
-from ars_kit.rules import DEFAULT_METRIC, PAIRED, Rule, unalike
+from ars_kit.rules import DEFAULT_METRIC, PAIRED, Rule, task_note, unalike
 from ars_kit.schema import did_you_mean
 from ars_kit.store import BEST, RunFolder
 
@@ -65,7 +65,8 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         what decides was not measured alike, and how), and ``words``.
 
     Raises:
-        ConfigError: no member has such a figure, or none meets the limits.
+        ConfigError: no member has such a figure, none meets the limits, or they are of a task that
+            was not put to all alike.
         IntegrityError: what would be read is not what was committed.
     """
     _require_figures(folder, family, rule)
@@ -74,8 +75,9 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
     if not candidates:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ConfigError(f"no member is left to choose from. {reasons}")
-    (best, value), *others = rule.ranked(candidates)
     pairs = [(str(m["model_id"]), m) for m in candidates]
+    _require_same_tasks(folder, pairs, rule)
+    (best, value), *others = rule.ranked(candidates)
     mixed = [told for aim in rule.aims if (told := unalike(pairs, aim.figure))]
     record: dict[str, Any] = {
         "member": best["model_id"],
@@ -110,7 +112,8 @@ def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
     """Return a member's own figures, and those it lacks of later judgements.
 
     Those count that were made on the held-out side of the run's text, as its own figures are,
-    whatever text it was trained on.
+    whatever text it was trained on. A task asks the same of every member, so of one that was put
+    again the last answers count.
     """
     metrics = read_metrics(folder, name)
     text = text_hashes(folder.path).get("data", metrics["data_hash"])
@@ -126,7 +129,10 @@ def _known(folder: RunFolder, name: str, cache: Path) -> dict[str, Any]:
                 notes |= tree.get("notes", {})
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of another version: as if it had never been measured
-    return {**later, **metrics, "notes": {**notes, **metrics.get("notes", {})}}
+    again = {figure: v for figure, v in later.items() if task_note(figure, notes)}
+    put = {note: how for note, how in notes.items() if ":" in note}
+    notes = {**notes, **metrics.get("notes", {}), **put}
+    return {**later, **metrics, **again, "notes": notes}
 
 
 def _age(file: Path) -> float:
@@ -153,6 +159,22 @@ def _require_figures(folder: RunFolder, family: Sequence[Mapping[str, Any]], rul
             f"no member has a figure named {name!r}{did_you_mean(name, known)}. "
             f"There are: {', '.join(known)}"
         )
+
+
+def _require_same_tasks(
+    folder: RunFolder, members: Sequence[tuple[str, Mapping[str, Any]]], rule: Rule
+) -> None:
+    """Refuse scores of a task that members were asked different questions of."""
+    for aim in rule.aims:
+        notes = [task_note(aim.figure, m.get("notes") or {}) for _, m in members]
+        evaluator = next((note.partition(":")[0] for note in notes if note), None)
+        if evaluator and (told := unalike(members, aim.figure)):
+            names = " ".join(name for name, _ in members)
+            raise ConfigError(
+                f"{told}; put the task to all with one limit: arskit evaluate {names} --eval "
+                f"{evaluator.removeprefix('own_')}:tasks=...,limit=N "
+                f"--out {shlex.quote(str(folder.path))}"
+            )
 
 
 def _objection(metrics: Mapping[str, Any], rule: Rule) -> str | None:

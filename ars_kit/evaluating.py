@@ -6,9 +6,11 @@ evaluator's settings, so that nothing is measured twice unless it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -360,9 +362,12 @@ def _read(file: Path) -> Assessment | None:
     """Return a kept judgement; one that is damaged counts as none."""
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        return Assessment(dict(tree["figures"]), dict(tree["files"]), dict(tree["notes"]))
+        found = Assessment(dict(tree["figures"]), dict(tree["files"]), dict(tree["notes"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    with contextlib.suppress(OSError):  # a cache that is only read
+        os.utime(file)  # of several ways to measure a figure, the one asked for last counts
+    return found
 
 
 def _keep(file: Path, identity: Mapping[str, Any], part: Assessment) -> str | None:

@@ -26,6 +26,8 @@ _NOTED = (
     ("speed", re.compile("(prefill|decode)_tokens_per_second.*|time_to_first_token.*")),
 )
 """The note that says how a figure was measured."""
+_TASK_NOTE = re.compile(r"(own_)?[^:]+:(.+)")
+"""``EVALUATOR:TASK``: how the figures were measured whose names begin with ``TASK_``."""
 
 Prefer = Literal["lowest", "highest"]
 
@@ -152,6 +154,18 @@ def _ratios(aim: Aim, family: Sequence[Mapping[str, Any]]) -> list[float]:
     return [1.0 if low == high else low / high for low, high in pairs]
 
 
+def task_note(figure: str, notes: Mapping[str, str]) -> str | None:
+    """Return the name of the note on the task that a figure is of, None where it is of none.
+
+    Args:
+        figure: its name in ``metrics.json``.
+        notes: of the same member.
+    """
+    begins = {n: f"{m[1] or ''}{m[2]}_" for n in notes if (m := _TASK_NOTE.fullmatch(n))}
+    fitting = [note for note, begin in begins.items() if figure.startswith(begin)]
+    return max(fitting, key=lambda note: len(begins[note]), default=None)
+
+
 def unalike(members: Iterable[tuple[str, Mapping[str, Any]]], figure: str) -> str | None:
     """Say how a figure was measured where that was not the same for all; None where it was.
 
@@ -165,7 +179,8 @@ def unalike(members: Iterable[tuple[str, Mapping[str, Any]]], figure: str) -> st
     key = next((name for name, figures in _NOTED if figures.fullmatch(figure)), None)
     ways: dict[str, list[str]] = {}
     for name, metrics in members:
-        how = (metrics.get("notes") or {}).get(key)
+        notes = metrics.get("notes") or {}
+        how = notes.get(key or task_note(figure, notes))
         if how is not None and metrics.get(figure) is not None:
             ways.setdefault(how, []).append(name)
     if len(ways) < 2:

@@ -167,7 +167,8 @@ class Assessment:
     Attributes:
         figures: by name, for ``metrics.json``; None for what could not be measured.
         files: text by file name, kept in the member's directory under ``quality/``.
-        notes: by name, how something was measured, for ``notes`` in ``metrics.json``.
+        notes: by name, how something was measured, for ``notes`` in ``metrics.json``; one called
+            ``EVALUATOR:TASK`` is of the figures that begin with ``TASK_``.
     """
 
     figures: Mapping[str, float | None]

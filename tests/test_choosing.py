@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ars_kit.choosing import select, usual_metric
 from ars_kit.cli import cli
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
+from ars_kit.evaluating import _read
 from ars_kit.outcome import kept_judgements
 from ars_kit.resampling import bits_per_byte, difference_interval, interval
-from ars_kit.rules import Aim, Limit, Rule, parse_aims, parse_limit
+from ars_kit.rules import Aim, Limit, Rule, parse_aims, parse_limit, task_note
+from ars_kit.spec import Assessment
 from ars_kit.store import RunFolder, locate
 
 BYTES = np.full(40, 1000.0)
@@ -262,7 +265,7 @@ def keep(
 ) -> Path:
     """Keep a judgement of a member as `arskit evaluate` does."""
     home = kept_judgements(cache, sha256(folder.path / name / MANIFEST))
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     tree = {"identity": {"data": text, "heldout_fraction": share}, "figures": figures}
     (home / "a.json").write_text(json.dumps(tree))
     return home / "a.json"
@@ -320,6 +323,54 @@ def test_figures_that_were_not_measured_alike_prove_nothing(
     assert "(d5: 32 tokens; d6: 64 tokens)" in mixed["words"]
     small = Rule((Aim("chrf"),), (Limit("bits_per_byte", most=True, bound=1.2),))
     assert chosen(family, small, tmp_path)["unalike"] is None  # one alone is compared with nobody
+
+
+def test_scores_of_different_questions_are_not_compared(family: RunFolder, tmp_path: Path) -> None:
+    ages = itertools.count(2_000_000_000)
+
+    def put(name: str, file: str, acc: float, count: int) -> None:
+        kept = keep(family, name, tmp_path, "text", arc_easy_acc=acc)
+        notes = {"lm-eval:arc": "9 questions", "lm-eval:arc_easy": f"{count} questions"}
+        kept = kept.rename(kept.with_name(file))
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "notes": notes}))
+        os.utime(kept, (next(ages),) * 2)
+
+    rule, weighed = Rule((Aim("arc_easy_acc"),)), Rule(parse_aims("arc_easy_acc:1,bits_per_byte:1"))
+    commit(family, "d5", 1.4, arc_easy_acc=0.9, notes={"lm-eval:arc_easy": "20 questions"})
+    put("d4", "b.json", 0.5, 100)
+    for refused in (rule, weighed):
+        with pytest.raises(ConfigError) as found:
+            chosen(family, refused, tmp_path)
+        assert str(found.value) == (
+            "arc_easy_acc was not measured alike, so it does not compare (d4: 100 questions; d5: "
+            "20 questions); put the task to all with one limit: arskit evaluate d4 d5 --eval "
+            f"lm-eval:tasks=...,limit=N --out '{family.path}'"
+        )
+    assert not (family.path / "best.json").exists()
+    put("d5", "b.json", 0.4, 100)  # as the line says: what is asked last counts
+    assert chosen(family, rule, tmp_path)["member"] == "d4"
+    put("d5", "c.json", 0.6, 300)
+    with pytest.raises(ConfigError, match="d5: 300 questions"):
+        chosen(family, rule, tmp_path)
+    put("d4", "c.json", 0.5, 300)
+    assert chosen(family, rule, tmp_path)["member"] == "d5"
+
+
+def test_what_is_found_in_the_cache_again_is_what_was_asked_for_last(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"figures": {"bleu": 1.0}, "files": {}, "notes": {}}))
+    os.utime(file, (1, 1))
+    assert _read(file) == Assessment({"bleu": 1.0})
+    assert file.stat().st_mtime > 1
+
+
+def test_a_note_on_a_task_is_of_the_figures_that_begin_with_its_name() -> None:
+    notes = dict.fromkeys(("lm-eval:arc", "lm-eval:arc_easy", "own_lm-eval:arc", "bleu"), "")
+    assert task_note("arc_easy_acc", notes) == "lm-eval:arc_easy"
+    assert task_note("arc_acc", notes) == "lm-eval:arc"
+    assert task_note("own_arc_acc", notes) == "own_lm-eval:arc"
+    assert task_note("arcs_acc", notes) is None
+    assert task_note("bleu", notes) is None
 
 
 def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:

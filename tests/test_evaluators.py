@@ -371,10 +371,23 @@ def test_the_harness_scores_a_task_file_as_counted_by_hand(
     assert found.figures["endings_acc"] == pytest.approx(sum(right) / 7)
     assert "endings_acc_stderr" in found.figures
     assert json.loads(found.files["lm-eval.json"])["n-samples"]["endings"]["effective"] == 7
-    assert "endings (version 1.0, 0-shot, 7 questions)" in found.notes["lm-eval"]
+    assert found.notes["lm-eval:endings"].endswith(": version 1.0, 0-shot, 7 questions")
+    few = judged(f"lm-eval:tasks={task},limit=3", member)
+    assert few.notes["lm-eval:endings"].endswith(" 3 questions")
 
     with pytest.raises(DataError, match="cannot be had"):
         judged(f"lm-eval:tasks={task_of(tmp_path, [])}", member)
+
+
+def test_a_group_has_the_questions_of_its_tasks() -> None:
+    results = {
+        "results": {"all": {}, "a": {}}, "versions": {"a": 2}, "n-shot": {"all": 0, "a": 0},
+        "group_subtasks": {"all": ["a", "rest"], "rest": ["b"]},
+        "n-samples": {"a": {"effective": 5}, "b": {"effective": 7}},
+    }  # fmt: skip
+    notes = harness._how(results)
+    assert notes["lm-eval:all"].endswith(": version None, 0-shot, 12 questions")
+    assert notes["lm-eval:a"].endswith(": version 2, 0-shot, 5 questions")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -69,9 +69,8 @@ class Harness:
             for key in ("results", "versions", "n-shot", "n-samples", "higher_is_better")
         }
         text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
-        return Assessment(
-            dict(_figures(results["results"])), {"lm-eval.json": text}, {"lm-eval": _how(results)}
-        )
+        figures = dict(_figures(results["results"]))
+        return Assessment(figures, {"lm-eval.json": text}, _how(results))
 
     def _load(self) -> Any:
         """Return the tasks with their questions, as ``lm_eval.simple_evaluate`` sets them up."""
@@ -121,12 +120,21 @@ def _figures(results: Mapping[str, Mapping[str, Any]]) -> Any:
                 yield f"{task}_{name}", float(value)
 
 
-def _how(results: Mapping[str, Any]) -> str:
+def _how(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return a note for each task and group: what was asked, and how often."""
     import lm_eval  # noqa: PLC0415 -- an extra
 
-    parts = [
-        f"{task} (version {results['versions'].get(task)}, {shots}-shot, "
-        f"{results['n-samples'].get(task, {}).get('effective')} questions)"
-        for task, shots in results["n-shot"].items()
-    ]
-    return f"lm-evaluation-harness {lm_eval.__version__}: {', '.join(parts)}"
+    return {
+        f"lm-eval:{task}": f"lm-evaluation-harness {lm_eval.__version__}: "
+        f"version {results['versions'].get(task)}, {results['n-shot'].get(task)}-shot, "
+        f"{_questions(results, task)} questions"
+        for task in results["results"]
+    }
+
+
+def _questions(results: Mapping[str, Any], task: str) -> int:
+    """Return the questions of a task, or of all tasks of a group."""
+    counted = results["n-samples"].get(task)
+    if counted is not None:
+        return int(counted["effective"])
+    return sum(_questions(results, part) for part in results["group_subtasks"].get(task, ()))
