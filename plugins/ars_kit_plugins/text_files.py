@@ -215,11 +215,13 @@ def read_json(path: Path) -> Iterator[Mapping[str, Any]]:
         DataError: it is not JSON, with the line.
     """
     with _opened(path) as file:
-        first = file.readline().removeprefix(codecs.BOM_UTF8)
+        blank, first = 0, file.readline().removeprefix(codecs.BOM_UTF8)
+        while first and not first.strip():
+            blank, first = blank + 1, file.readline()
         lines: Iterable[bytes] = itertools.chain([first], file)
         if kind_of(path) == ".json" and not _is_json(first):
             lines = [first + file.read()]
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(lines, start=1 + blank):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
