@@ -36,12 +36,12 @@ def as_csv() -> bytes:
     return ("n,text\n" + "".join(f'{r["n"]},"{r["text"]}"\n' for r in ROWS)).encode()
 
 
-def as_parquet() -> bytes:
+def as_parquet(*texts: str) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    pq.write_table(pa.Table.from_pylist([{"text": text} for text in texts] or ROWS), sink)
     return bytes(sink.getvalue())
 
 
@@ -141,6 +141,10 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, name: str, conte
         ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not text"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.json", b'\n{"text": "a"}\n{nonsense\n', "line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xc3\xa4b\\u0000"}\n', "row 2 is not text: .* at 3"),
+        ("a.json", b'["a", "b", "\\u0000"]', "row 3 is not text: a zero byte at 0"),
+        ("a.csv", b"text\na\nb\0\n", "row 2 is not text: a zero byte at 1"),
+        ("a.parquet", as_parquet("a\0"), "row 1 is not text: a zero byte at 1"),
         ("a.csv", b"text\nh\xe4llo\n", "not UTF-8"),
         ("a.csv", b'text\n"never closed\n', "line 2: EOF inside string"),
         ("a.csv", b"text,n\nto be, or not,1\n", "line 2 has 3 fields, where its first line has 2"),

@@ -96,9 +96,9 @@ class TextFiles:
                 if kind in PLAIN:
                     yield from read_plain(path)
                 elif kind in JSON:
-                    yield from table_rows(read_json(path), self.column, str(path))
+                    yield from _rows(path, self.column, read_json(path))
                 elif path.stat().st_size:
-                    yield from table_rows(read_table(path, self.column), self.column, str(path))
+                    yield from _rows(path, self.column, read_table(path, self.column))
             except (OSError, EOFError, zlib.error) as error:  # the latter two of a damaged gzip
                 why = getattr(error, "strerror", None) or one_line(error)
                 raise DataError(f"cannot read {path}: {why}") from error
@@ -129,6 +129,20 @@ def table_rows(rows: Iterable[Mapping[str, Any]], column: str, where: str) -> It
                 "choose another with the setting column=NAME"
             )
         yield Document(value, f"{where}:{number}")
+
+
+def _rows(path: Path, column: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+    """Yield one document a row of a file, whose text has no zero byte, as that of a plain file.
+
+    Raises:
+        DataError: as :func:`table_rows`; or a row's text has one, with the row and the place.
+    """
+    for document in table_rows(rows, column, str(path)):
+        if "\0" in document.text:
+            row = document.origin.rpartition(":")[2]
+            at = len(document.text.partition("\0")[0].encode())
+            raise DataError(f"{path}, row {row} is not text: a zero byte at {at}")
+        yield document
 
 
 def require_column(columns: Iterable[str], column: str, where: str) -> None:
