@@ -89,6 +89,30 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_of_another_kind(
     assert read(tmp_path) == ["F.TXT", "a.txt", "b/10.txt", "b/2.md"]
 
 
+def test_links_are_read_as_hugging_face_reads_them(tmp_path: Path) -> None:
+    """Those to files are, those to folders are not; the folder that is named may be one."""
+    from datasets.data_files import resolve_pattern
+
+    texts, others = tmp_path / "texts", tmp_path / "others"
+    for file in (texts / "a" / "1.txt", others / "2.txt"):
+        file.parent.mkdir(parents=True)
+        file.write_text(file.name)
+    try:
+        (texts / "b.txt").symlink_to(others / "2.txt")
+        (texts / "others").symlink_to(others)
+        (texts / "a" / "up").symlink_to(texts)
+        (tmp_path / "link").symlink_to(texts)
+    except OSError:
+        pytest.skip("links need a privilege here")
+    assert read(texts) == read(tmp_path / "link") == ["1.txt", "2.txt"]
+    found = TextFiles(str(texts)).files()
+    assert [str(file) for file in found] == sorted(resolve_pattern("**", str(texts)))
+    (texts / "b.txt").unlink()
+    (texts / "a" / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"others is a link, name the folder it leads to"):
+        TextFiles(str(texts)).files()
+
+
 @pytest.mark.parametrize("written", ["", "files:path=", "{}/../"])
 def test_the_folder_of_the_text_is_no_place_for_a_run(tmp_path: Path, written: str) -> None:
     from ars_kit.runs import check_folder

@@ -37,8 +37,8 @@ the midst of its text would find that text changed with every member."""
 class TextFiles:
     """Every supported file of a folder, in alphabetical order; a table's rows are documents.
 
-    Names that begin with a dot are passed over, and so are the folders of runs. Any file but
-    Parquet may be gzipped.
+    Names that begin with a dot are passed over, and so are the folders of runs. Links to folders
+    are not followed, as ``datasets.load_dataset`` has it. Any file but Parquet may be gzipped.
 
     Args:
         path: a file or a folder.
@@ -62,8 +62,9 @@ class TextFiles:
             return [self.path]
         if not self.path.is_dir():
             raise DataError(f"no such file or folder: {self.path}")
-        found = []
+        found, links = [], list[Path]()
         for folder, below, names in os.walk(self.path, onerror=_unreadable):
+            links += [path for name in below if (path := Path(folder, name)).is_symlink()]
             below[:] = [
                 name
                 for name in below
@@ -72,7 +73,8 @@ class TextFiles:
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         found = sorted(p for p in found if kind_of(p) in KNOWN and p.is_file())
         if not found:
-            raise DataError(f"folder {self.path} holds no file of {known}")
+            told = f"; {min(links)} is a link, name the folder it leads to" if links else ""
+            raise DataError(f"folder {self.path} holds no file of {known}{told}")
         return found
 
     def fingerprint(self) -> dict[str, Any]:
