@@ -15,6 +15,7 @@ from ars_kit.data import Corpus
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
+from ars_kit.inputs import identify_inputs, require_unchanged
 from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, text_hashes, trained_otherwise
 from ars_kit.plan import RunPlan
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
@@ -192,47 +193,33 @@ def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
 def _freeze(
     folder: RunFolder, settings: Settings, texts: Mapping[str, Corpus], *, is_control: bool
 ) -> None:
-    """Write what must not change over the run; refuse if a text did."""
-    record, now = folder.private / DATA_RECORD, _hashes(settings, texts)
-    if is_control:  # else they could not be compared
-        family = folder.path.parents[1]
-        _require_unchanged(text_hashes(family) or now, now, settings, family)
+    """Write what must not change over the run; refuse if a text or the base did."""
+    known = _began_with(folder)
+    family = text_hashes(folder.path.parents[1]) if is_control else {}
+    now = identify_inputs(settings, texts, known or family)
+    if family:  # else they could not be compared
+        require_unchanged(family, now, settings, folder.path.parents[1])
     if not folder.holds_work():
         folder.start_anew()
-    try:
-        before = json.loads(record.read_text("utf-8")) if record.exists() else now
-    except ValueError as error:
-        raise IntegrityError(f"{record} is damaged: {error}; start anew with --restart") from error
-    _require_unchanged(before, now, settings, folder.path)
+    if known is not None:
+        require_unchanged(known, now, settings, folder.path)
     _keep(folder, DATA_RECORD, now)
     folder.write_text(FROZEN, to_toml(settings))
 
 
-def _hashes(settings: Settings, texts: Mapping[str, Corpus]) -> dict[str, Any]:
-    """Return what identifies a run's text, its tokenizer, and its members' texts."""
-    facts = texts[settings.data.source].facts
-    others = {s: c.facts.data_hash for s, c in texts.items() if s != settings.data.source}
-    more: dict[str, Any] = {"others": others} if others else {}
-    return {"data": facts.data_hash, "tokenizer": facts.tokenizer_hash, **more}
-
-
-def _require_unchanged(
-    before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings, out: Path
-) -> None:
-    """Refuse texts that are not those a run began with.
+def _began_with(folder: RunFolder) -> dict[str, Any] | None:
+    """Return what the run in a folder began with, None where there is none yet.
 
     Raises:
-        ConfigError: one is not, named.
+        IntegrityError: the record of it is damaged.
     """
-    if before == now:
-        return
-    known, others, main = before.get("others", {}), now.get("others", {}), settings.data.source
-    moved = next((s for s in others if others[s] != known.get(s)), main)
-    name = moved if before.get("data") == now["data"] else main
-    raise ConfigError(
-        f"the text of {name!r} has changed since this run began in "
-        f"{out}; put it back, or start anew with --restart"
-    )
+    record = folder.private / DATA_RECORD
+    if not folder.holds_work() or not record.exists():
+        return None
+    try:
+        return dict(json.loads(record.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{record} is damaged: {error}; start anew with --restart") from error
 
 
 def _keep(folder: RunFolder, name: str, facts: Mapping[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from ars_kit import inputs
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError
 
@@ -122,6 +125,39 @@ def test_a_chain_of_fine_tunes_takes_names_and_tokens_from_a_file(
         for n in ("first", "second")
     ]
     assert not torch.equal(*weights)
+
+
+def test_a_base_that_is_another_by_now_is_refused(
+    run: Run, home: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(base, home / "mine")
+    weights = mine / "model.safetensors"
+    options = ("heir", "--base", str(mine), "--members", "d2,d3")
+    real, hashed = inputs.sha256, list[str]()
+    monkeypatch.setattr(inputs, "sha256", lambda path: hashed.append(path.name) or real(path))
+    assert run(*options)[0] == 0
+    assert hashed == ["config.json", "model.safetensors"]
+    hashed.clear()
+    assert run(*options)[0] == 0
+    assert not hashed
+    os.utime(weights, (1, 1))  # as a copy of the same would have
+    assert run(*options)[0] == 0
+    assert hashed == ["model.safetensors"]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shutil.rmtree(home / "heir" / "d3")
+    code, error, _ = run(*options)
+    assert (code, "\n" in error) == (3, False)
+    assert re.fullmatch(
+        r"model\.safetensors of the base '.*mine' has changed since this run began in .*heir; put "
+        r"it back, or start anew with --restart",
+        error,
+    )
+    assert not (home / "heir" / "d3").exists()
+    weights.write_bytes(content)
+    assert run(*options)[0] == 0
+    weights.rename(mine / "model-00001-of-00001.safetensors")
+    assert "model-00001-of-00001.safetensors of the base" in run(*options)[1]
 
 
 @pytest.mark.parametrize(
