@@ -31,11 +31,19 @@ FORMAT = 1
 TEMPORARY = "tmp-"
 """What the name of everything uncommitted begins with."""
 
+TRIES = 5
+"""Times that a small file is written before it is believed that it cannot be."""
+
+SLACK = 5.0
+"""Seconds by which the times of processes and of files may be apart."""
+
 HASHERS = 4
 """Files that are hashed at once."""
 
 Files = Callable[[Path], None]
 """Writes a directory's files into the empty directory it is given."""
+
+_TEMPORARY = re.compile(rf"{TEMPORARY}(\d+)-[0-9a-f]{{8}}")
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
@@ -93,11 +101,18 @@ def write_atomically(path: Path, text: str, *, scratch: Path) -> None:
     Raises:
         ArsKitError: the volume is full or refuses to be written; the old text is whole.
     """
-    with disk_errors(path), temporary(scratch) as temp:
-        temp.write_text(text, encoding="utf-8")
-        sync(temp)
-        temp.replace(path)
-        sync(path.parent)
+    for left in reversed(range(TRIES)):
+        with disk_errors(path), temporary(scratch) as temp:
+            temp.write_text(text, encoding="utf-8")
+            try:
+                sync(temp)
+                temp.replace(path)
+            except FileNotFoundError:  # cleared away by another machine, which took us for dead
+                if not left:
+                    raise
+                continue
+            sync(path.parent)
+            return
 
 
 def discard(path: Path, *, scratch: Path) -> None:
@@ -119,9 +134,29 @@ def make_directory(path: Path) -> None:
 
 
 def clear_temporaries(scratch: Path) -> None:
-    """Remove what dead processes left uncommitted; only for who knows that they are dead."""
+    """Remove what dead processes left uncommitted, but nothing of one that lives on this machine.
+
+    Of another machine's nobody here can tell: only for who knows that no large directory is being
+    committed. A small file that is cleared away is written once more.
+    """
     for leftover in scratch.glob(f"{TEMPORARY}*"):
-        _remove(leftover)
+        if not _is_alive(leftover):
+            _remove(leftover)
+
+
+def _is_alive(leftover: Path) -> bool:
+    """Whether the process that a temporary is named after is another one, and still at work."""
+    import psutil  # noqa: PLC0415 -- only where something was left
+
+    named = _TEMPORARY.fullmatch(leftover.name)
+    if named is None or int(named[1]) == os.getpid():
+        return False
+    try:
+        owner, written = psutil.Process(int(named[1])), leftover.lstat().st_mtime
+        later = owner.create_time() > written + SLACK  # a number is given out again
+        return not later and owner.status() != psutil.STATUS_ZOMBIE
+    except (OSError, OverflowError, psutil.Error):
+        return False
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 from ars_kit.durable import (
     MANIFEST,
+    TEMPORARY,
     Files,
     byte_count,
     check_directory,
@@ -289,7 +290,10 @@ class RunFolder:
         names += [name for name in standing(self.path) if name not in names]
         members = [self.path / name for name in names]
         records = [self.path / n for n in (BEST, *WRITTEN, LINEAGE, "run.toml")]
-        private = [p for p in self.private.iterdir() if p.name != LOCK]
+        clear_temporaries(self.private)
+        private = [
+            p for p in self.private.iterdir() if p.name != LOCK and not p.name.startswith(TEMPORARY)
+        ]
         # The plan goes last: a state that outlived it would be taken for one of the next plan.
         for path in (*reversed(members), *private, *records):
             discard(path, scratch=self.private)

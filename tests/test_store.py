@@ -6,17 +6,21 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ars_kit.durable import disk_errors
+from ars_kit.durable import clear_temporaries, disk_errors
 from ars_kit.errors import ArsKitError, ConfigError, IntegrityError
 from ars_kit.history import read_history
 from ars_kit.state import pack, unpack
@@ -540,6 +544,72 @@ def test_the_second_run_is_refused_by_the_owners_name(folder: RunFolder) -> None
     assert not kept.exists()
     with folder.lock():
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody is dead and not buried there")
+def test_what_a_living_process_writes_is_not_cleared_away(folder: RunFolder) -> None:
+    """As `arskit select` does in the folder of a run that begins; it holds no lock."""
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        theirs = folder.private / f"tmp-{other.pid}-0123abcd"
+        theirs.write_text("half")
+        for begin in (folder.lock, lambda: nullcontext(folder.start_anew())):
+            with begin():
+                assert theirs.read_text() == "half"
+        os.utime(theirs, (1, 1))  # of one that had the same number long before
+        with folder.lock():
+            assert not theirs.exists()
+        theirs.write_text("half")
+        other.kill()
+        other.stdout.read()
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with folder.lock():
+            assert not theirs.exists()
+
+
+def test_what_two_clear_away_at_once_is_gone(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [folder.private / f"tmp-99999999-0123abc{i}" for i in range(3)]
+    left[0].mkdir()
+    for file in left[1:]:
+        file.write_text("half")
+    real = Path.glob
+
+    def slower(path: Path, pattern: str) -> list[Path]:
+        found = list(real(path, pattern))
+        monkeypatch.setattr(Path, "glob", real)
+        clear_temporaries(path)  # the other, between our look and our hand
+        return found
+
+    monkeypatch.setattr(Path, "glob", slower)
+    clear_temporaries(folder.private)
+    assert not [p for p in left if p.exists()]
+
+
+def test_a_small_file_that_was_cleared_away_is_written_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that begins on another machine, where nobody sees that this process lives."""
+    real, cleared = Path.replace, list[Path]()
+
+    def meanwhile(path: Path, target: Path) -> Path:
+        if len(cleared) < 2:
+            cleared.append(path)
+            path.unlink()
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    folder.write_text("best.json", "whole")
+    assert (folder.path / "best.json").read_text() == "whole"
+    assert len(set(cleared)) == 2
+    assert not list(folder.private.glob("tmp-*"))
+    monkeypatch.setattr(Path, "replace", lambda path, target: real(path.with_name("gone"), target))
+    with pytest.raises(FileNotFoundError):
+        folder.write_text("best.json", "again")
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
