@@ -12,7 +12,7 @@ import numpy as np
 
 from ars_kit.durable import sha256
 from ars_kit.errors import ConfigError
-from ars_kit.outcome import kept_judgements, read_documents, read_metrics, text_hashes
+from ars_kit.outcome import kept_judgements, manifests, read_documents, read_metrics, text_hashes
 from ars_kit.resampling import CONFIDENCE, difference_interval
 from ars_kit.rules import DEFAULT_METRIC, PAIRED, Rule, task_note, unalike
 from ars_kit.schema import did_you_mean
@@ -58,11 +58,12 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
         rule: how.
 
     Returns:
-        ``member``, ``metric`` (``score`` of several), ``value``, ``rule``, ``left_out`` (why, by
-        member), ``runner_up``, ``margin`` (None without one), ``interval`` of the difference in
-        bits per byte and its ``confidence``, ``documents`` it was drawn from,
-        ``distinguishable`` (None where nothing is kept document by document), ``unalike`` (where
-        what decides was not measured alike, and how), and ``words``.
+        ``member``, ``among`` (all there are, with the hashes of their manifests), ``metric``
+        (``score`` of several), ``value``, ``rule``, ``left_out`` (why, by member), ``runner_up``,
+        ``margin`` (None without one), ``interval`` of the difference in bits per byte and its
+        ``confidence``, ``documents`` it was drawn from, ``distinguishable`` (None where nothing is
+        kept document by document), ``unalike`` (where what decides was not measured alike, and
+        how), and ``words``.
 
     Raises:
         ConfigError: no member has such a figure, none meets the limits, or they are of a task that
@@ -81,6 +82,7 @@ def choose(folder: RunFolder, family: Sequence[Mapping[str, Any]], rule: Rule) -
     mixed = [told for aim in rule.aims if (told := unalike(pairs, aim.figure))]
     record: dict[str, Any] = {
         "member": best["model_id"],
+        "among": manifests(folder),
         "metric": rule.metric,
         "value": value,
         "rule": str(rule),

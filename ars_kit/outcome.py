@@ -14,7 +14,7 @@ from ars_kit.lineage import PRIVATE
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster
 from ars_kit.settings import Settings, differences
-from ars_kit.store import RunFolder, control_folder
+from ars_kit.store import BEST, RunFolder, control_folder
 
 FROZEN = "run.toml"
 DATA_RECORD = "data.json"
@@ -93,6 +93,33 @@ def read_documents(folder: RunFolder, name: str) -> list[dict[str, Any]]:
     if problem:
         raise IntegrityError(f"{home}: {problem}. For all there is: arskit verify")
     return [json.loads(line) for line in (home / DOCUMENTS).read_text("utf-8").splitlines()]
+
+
+def manifests(folder: RunFolder) -> dict[str, str]:
+    """Return the sha256 of each committed member's manifest, by name, in order of birth.
+
+    Raises:
+        IntegrityError: the lineage is damaged.
+    """
+    return {e.member: e.manifest for e in folder.lineage() if folder.holds(e.member)}
+
+
+def newer_than_best(out: Path) -> list[str]:
+    """Return the members that were not there, or were others, when the best one was recorded.
+
+    A run may be killed after a member is committed and before it chooses. All where there is no
+    record that can be read; none where it is of a version that did not say what it chose from.
+
+    Raises:
+        IntegrityError: the lineage is damaged.
+    """
+    now = manifests(RunFolder(out))
+    try:
+        among = dict(json.loads((out / BEST).read_text(encoding="utf-8"))).get("among")
+    except (OSError, ValueError, TypeError):
+        return list(now)
+    known = among if isinstance(among, dict) else now
+    return [name for name in now if known.get(name) != now[name]]
 
 
 def kept_judgements(cache: Path, checkpoint: str) -> Path:

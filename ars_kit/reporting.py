@@ -8,6 +8,7 @@ from pathlib import Path
 from ars_kit import charts, sections
 from ars_kit.comparison import Comparison, compare_runs
 from ars_kit.kinship import drawn
+from ars_kit.outcome import newer_than_best
 from ars_kit.page import (
     Block,
     Code,
@@ -148,7 +149,9 @@ def _quality(run: RunRecord) -> Iterator[Block]:
         yield Figure(caption, alt, plot)
     yield sections.judged_table(run)
     if run.best and run.best.get("words"):
-        yield Text(f"Chosen as best: {run.best['words']}")
+        newer = ", ".join(newer_than_best(run.path))
+        since = f" Finished since that choice: {newer}." if newer else ""
+        yield Text(f"Chosen as best: {run.best['words']}{since}")
 
 
 def _bounded(member: MemberRecord, key: str) -> tuple[float, float, float] | None:

@@ -16,7 +16,14 @@ from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.family import Family, run_family
 from ars_kit.host import Host
 from ars_kit.inputs import identify_inputs, require_unchanged
-from ars_kit.outcome import DATA_RECORD, FROZEN, read_metrics, text_hashes, trained_otherwise
+from ars_kit.outcome import (
+    DATA_RECORD,
+    FROZEN,
+    newer_than_best,
+    read_metrics,
+    text_hashes,
+    trained_otherwise,
+)
 from ars_kit.plan import RunPlan
 from ars_kit.ranks import make_accelerator, not_alone, require_equal_parts, require_seen
 from ars_kit.records import CONTROL_RECORD, PLAN_RECORD
@@ -28,7 +35,7 @@ from ars_kit.settings import Settings, differences, to_toml
 from ars_kit.shardable import require_shardable
 from ars_kit.source import parse_source
 from ars_kit.spool import Progress
-from ars_kit.store import BEST, RunFolder, control_folder
+from ars_kit.store import RunFolder, control_folder
 from ars_kit.texts import open_texts
 from ars_kit.tracking import tracking
 from ars_kit.trainee import Stop
@@ -86,7 +93,6 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
                 plan.disk_bytes_for([m for m in plan.members if not folder.holds(m.name)])
             )
             _tell_of_curves(folder, plan, watcher)
-        before = folder.members()
         with accelerator.main_process_first():
             texts = open_texts(plan.settings, host, cache, progress)
         if accelerator.is_main_process:
@@ -107,18 +113,16 @@ def execute(  # noqa: PLR0913 -- what a run is told, and by whom it is watched a
         chosen = choose(folder, metrics, rule) if measured else None
         if accelerator.is_main_process:
             if chosen is not None:
-                _record(folder, chosen, before, watcher)
+                _record(folder, chosen, watcher)
             write_report(out)
         return metrics, None if chosen is None else chosen["member"]
 
 
-def _record(
-    folder: RunFolder, chosen: dict[str, Any], before: list[str], watcher: FamilyWatcher
-) -> None:
-    """Record the best, unless a choice was made since the members that were there before."""
+def _record(folder: RunFolder, chosen: dict[str, Any], watcher: FamilyWatcher) -> None:
+    """Record the best, unless a choice was made among the very members that there are."""
     if chosen["unalike"]:
         watcher.aside(f"{chosen['member']} is no certain best: {chosen['unalike']}")
-    if folder.members() != before or not (folder.path / BEST).exists():
+    if newer_than_best(folder.path):
         record_best(folder, chosen)
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from ars_kit.choosing import select, usual_metric
 from ars_kit.cli import cli
+from ars_kit.cli.options import find_models
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.evaluating import _read
-from ars_kit.outcome import kept_judgements
+from ars_kit.outcome import kept_judgements, newer_than_best
 from ars_kit.resampling import bits_per_byte, difference_interval, interval
 from ars_kit.rules import Aim, Limit, Rule, parse_aims, parse_limit, task_note
 from ars_kit.spec import Assessment
@@ -371,6 +372,26 @@ def test_a_note_on_a_task_is_of_the_figures_that_begin_with_its_name() -> None:
     assert task_note("own_arc_acc", notes) == "own_lm-eval:arc"
     assert task_note("arcs_acc", notes) is None
     assert task_note("bleu", notes) is None
+
+
+def test_who_asks_for_the_best_hears_of_members_that_came_later(
+    family: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert newer_than_best(family.path) == ["d2", "d3", "d4"]
+    chosen(family, Rule())
+    find_models(["d2", "best"], family.path)
+    assert capsys.readouterr().err == ""
+    commit(family, "d5", 1.0)
+    commit(family, "d6", 1.1)
+    find_models(["d2"], family.path)
+    assert capsys.readouterr().err == ""
+    find_models(["d2", "best"], family.path)
+    assert capsys.readouterr().err == (
+        "arskit: best was chosen before d5, d6; to choose again: arskit select "
+        f"--out '{family.path}'\n"
+    )
+    family.write_text("best.json", '{"member": "d4"}')  # of a version that did not say
+    assert newer_than_best(family.path) == []
 
 
 def test_a_bad_metric_is_named_with_the_nearest(family: RunFolder) -> None:

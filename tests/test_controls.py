@@ -24,10 +24,10 @@ from ars_kit.errors import ConfigError, Preempted
 from ars_kit.history import read_history
 from ars_kit.host import Host
 from ars_kit.kinship import lineage_facts
-from ars_kit.outcome import frozen_settings, status
+from ars_kit.outcome import frozen_settings, newer_than_best, status
 from ars_kit.plan import RunPlan, estimate, plan_run
 from ars_kit.records import RunRecord, read_run
-from ars_kit.reporting import build
+from ars_kit.reporting import build, write_report
 from ars_kit.resolving import resolve
 from ars_kit.rules import Aim, Rule
 from ars_kit.runs import execute, train_control
@@ -357,6 +357,33 @@ def test_a_choice_outlives_a_run_that_trains_nothing(
     assert chosen["member"] == "d2"
     execute(plan_run(frozen_settings(mine), host), host, mine, cache, watcher=Quiet())
     assert json.loads((mine / BEST).read_text(encoding="utf-8"))["member"] == "d2"
+
+
+def test_a_run_that_was_killed_before_it_chose_does_so_when_it_goes_on(
+    controlled: Path, cache: Path, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "run"
+    shutil.copytree(controlled, mine)
+    shutil.rmtree(mine / "d4")
+    plan = plan_run(frozen_settings(mine), host)
+    assert select(mine, Rule((Aim("parameters"),)), cache)["member"] == "d2"
+    assert newer_than_best(mine) == []
+
+    def killed(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ars_kit.runs._record", killed)
+        with pytest.raises(ZeroDivisionError):
+            execute(plan, host, mine, cache, watcher=Quiet())
+    assert newer_than_best(mine) == ["d4"]
+    write_report(mine)
+    assert "Finished since that choice: d4." in (mine / "report.md").read_text(encoding="utf-8")
+    execute(plan, host, mine, cache, watcher=Quiet())
+    record = json.loads((mine / BEST).read_text(encoding="utf-8"))
+    assert record["metric"] == "bits_per_byte"
+    assert [*record["among"]] == ["d2", "d3", "d4"]
+    assert "Finished since" not in (mine / "report.md").read_text(encoding="utf-8")
 
 
 def test_no_member_can_be_called_controls() -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from ars_kit.cli.options import echo_json, importing, json_option, make_host, out_option
+from ars_kit.cli.options import (
+    echo_json,
+    find_models,
+    importing,
+    json_option,
+    make_host,
+    out_option,
+)
 
 
 @click.command()
@@ -31,11 +38,11 @@ from ars_kit.cli.options import echo_json, importing, json_option, make_host, ou
 def grow(checkpoint: str, to: str, out: Path, as_json: bool, **options: Any) -> None:
     """Grow one checkpoint, a member or any model directory, into a new directory."""
     from ars_kit.schema import parse_choice
-    from ars_kit.store import find, locate
+    from ars_kit.store import locate
 
     host, choice = make_host(), parse_choice(options["strategy"])
     host.check("strategies", choice)
-    find(checkpoint, out)  # a slip is said before torch is imported
+    find_models([checkpoint], out)
 
     with importing():
         from ars_kit.growing import Growth, grow_checkpoint, target_config

@@ -12,6 +12,7 @@ from ars_kit.cli.options import (
     cache_folder,
     echo_json,
     figure,
+    find_models,
     importing,
     json_option,
     make_console,
@@ -98,11 +99,9 @@ def verify(out: Path, as_json: bool) -> None:
 def evaluate(names: tuple[str, ...], out: Path, as_json: bool, fresh: bool, **options: Any) -> None:
     """Judge members, d10..d18, 'best', or any model directory."""
     from ars_kit.schema import parse_choice
-    from ars_kit.store import find
 
     host, models = make_host(), expand(names)
-    for name in models:
-        find(name, out)  # a slip is said before torch is imported
+    find_models(models, out)
     for evaluator in options["run__evaluators"]:
         host.check("evaluators", parse_choice(evaluator))
 

@@ -6,9 +6,10 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -241,6 +242,28 @@ def tell_of(host: Host) -> None:
     """Name on stderr the plugins that were put aside."""
     for line in host.complaints():
         click.echo(f"arskit: {line}", err=True)
+
+
+def find_models(names: Sequence[str], out: Path) -> None:
+    """Look for members, ``best`` and directories, before torch is imported.
+
+    Where the best was chosen before members that are there by now, stderr says so.
+
+    Raises:
+        ConfigError: there is none of a name.
+        IntegrityError: the record of the best, or the lineage, is damaged.
+    """
+    from ars_kit.outcome import newer_than_best
+    from ars_kit.store import find
+
+    for name in names:
+        find(name, out)
+    if "best" in names and (newer := newer_than_best(out)):
+        click.echo(
+            f"arskit: best was chosen before {', '.join(newer)}; to choose again: arskit select "
+            f"--out {shlex.quote(str(out))}",
+            err=True,
+        )
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ from ars_kit.cli.options import (
     cache_folder,
     clearing_up,
     echo_json,
+    find_models,
     importing,
     json_option,
     make_host,
@@ -47,11 +48,10 @@ def export(
 
     from ars_kit.durable import byte_count
     from ars_kit.schema import parse_choice
-    from ars_kit.store import find
 
     host, choice = make_host(), parse_choice(form)
     host.check("exporters", choice)
-    find(name, out)  # a slip is said before torch is imported
+    find_models([name], out)
 
     with importing():
         from ars_kit.evaluating import heldout_text
@@ -165,14 +165,12 @@ def serve(
         raise click.UsageError("Missing argument 'NAMES...'.", click.get_current_context())
 
     from ars_kit.schema import parse_choice
-    from ars_kit.store import find
 
     host, choice, models = make_host(), parse_choice(engine), expand(names)
     if choice.name != "auto":
         host.listing("servers", choice.name)
     out: Path = options.pop("out")
-    for name in models:
-        find(name, out)  # a slip is said before torch is imported
+    find_models(models, out)
 
     with importing():
         from ars_kit_serving.serve import Serving
