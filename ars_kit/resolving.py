@@ -82,6 +82,8 @@ def resolve(
     for origin, where, layer in layers:
         for key, raw in layer.items():
             _require_known(key, annotations, where)
+            if key == "family.base" and origin != "file":  # where a frozen run has none, it says so
+                _require_no_model(raw, f"{where}: {key}")
             values[key] = coerce(raw, annotations[key], f"{where}: {key}")
             origins[key] = origin
     members = values.get("family.members", "")
@@ -143,6 +145,15 @@ def _require_known(key: str, known: Iterable[str], where: str) -> None:
     raise ConfigError(
         f"{where}: no setting {key!r}{did_you_mean(key, known)}. There are: {', '.join(has)}"
     )
+
+
+def _require_no_model(base: Any, where: str) -> None:
+    """Refuse ``none`` for a base where a model directory has that name, and may be meant."""
+    if isinstance(base, str) and base.lower() == "none" and Path(base, "config.json").is_file():
+        raise ConfigError(
+            f"{where} = {base!r} is no base, and there is a model directory of that name; write "
+            f"./{base} for it, or leave it out for none"
+        )
 
 
 def _check(settings: Settings) -> None:

@@ -123,6 +123,28 @@ def test_differences_name_what_matters() -> None:
     assert differences(old, new) == ["train.lr: 0.012 -> 1.0"]
 
 
+@pytest.mark.parametrize("name", ["none", "None"])
+def test_a_base_called_none_is_not_taken_for_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve({"family.base": name}, {}).family.base is None
+    (tmp_path / name).mkdir()  # a run folder, say
+    frozen = tmp_path / "run.toml"
+    frozen.write_text(to_toml(resolve({"family.base": name}, {})))
+    (tmp_path / name / "config.json").write_text("{}")
+    for flags, environment in (({"family.base": name}, {}), ({}, {"ARSKIT_FAMILY_BASE": name})):
+        with pytest.raises(
+            ConfigError, match=rf"is no base.*write \./{name} for it, or leave it out"
+        ):
+            resolve(flags, environment)
+    assert resolve({}, {}, frozen).family.base is None
+    named = resolve({"family.base": f"./{name}"}, {})
+    assert named.family.base == f"./{name}"
+    frozen.write_text(to_toml(named))
+    assert resolve({}, {}, frozen).flat() == named.flat()
+
+
 def test_a_base_changes_the_defaults() -> None:
     settings = resolve({"family.base": "somewhere"}, {})
     assert (settings.family.depth, settings.train.steps_per_iteration) == ("same", 1)
