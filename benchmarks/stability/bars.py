@@ -136,4 +136,5 @@ def shown(f: Figure, dead: str | None = None) -> str:
     if f.mean is None:
         return dead or "-"
     half = "" if f.half is None else f" ± {f.half:.4f}"
-    return f"{f.mean:+.4f}{half}" + (f" ({dead})" if dead else "")
+    mean = round(f.mean, 4) + 0.0  # without a minus before zero
+    return f"{mean:+.4f}{half}" + (f" ({dead})" if dead else "")

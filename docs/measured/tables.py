@@ -50,7 +50,7 @@ def figure(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return ""
     half = "" if found["half"] is None else f" ± {found['half']:.4f}"
-    return f"{found['mean']:+.4f}{half}"
+    return f"{round(found['mean'], 4) + 0.0:+.4f}{half}"  # without a minus before zero
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
