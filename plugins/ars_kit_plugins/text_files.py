@@ -73,7 +73,8 @@ class TextFiles:
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         found = sorted(p for p in found if kind_of(p) in KNOWN and p.is_file())
         if not found:
-            told = f"; {min(links)} is a link, name the folder it leads to" if links else ""
+            links.sort(key=lambda path: (len(path.parts), path))
+            told = f"; {links[0]} is a link, name the folder it leads to" if links else ""
             raise DataError(f"folder {self.path} holds no file of {known}{told}")
         return found
 
