@@ -20,10 +20,7 @@ from ars_kit.host import Host
 from ars_kit.judge import PERPLEXITY, judge, judges_of, write_files
 from ars_kit.ledger import counting
 from ars_kit.members import MemberPlan, placed
-from ars_kit.models import (
-    build,
-    save_member,
-)
+from ars_kit.models import build, save_member
 from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.readying import asides, ready
 from ars_kit.report import model_card

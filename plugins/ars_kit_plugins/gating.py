@@ -135,7 +135,7 @@ class NormMemory(TensorState):
     Without ``shrink`` n may be as small as it likes. An adaptive optimizer is blind to a gradient's
     scale and not to its course: while gamma falls, as norms do early in training, the second
     moment, which looks back further than the first, makes steps smaller. ``shrink`` 1.05 keeps the
-    course nearly level: better for a model that trains from fresh weights, worse for heirs.
+    course nearly level: better for a model that trains from fresh weights, not for heirs.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gamma",)
