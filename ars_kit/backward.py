@@ -166,7 +166,7 @@ class InBackward(DampedOptimizer):
 
     def _begin(self) -> _Pass:
         """Ask the gates about the step to come."""
-        loss = self._reduced()
+        loss = self._take_loss()
         if loss is None or not self.gates:
             return _Pass(loss)
         count = sum(len(group["params"]) for group in self.param_groups)

@@ -25,6 +25,7 @@ from ars_kit.errors import ConfigError, PluginError
 from ars_kit.factors import Answer, Factors, Once, alignment_of, ask, gradients_of, norms_of
 from ars_kit.fold import apply, can_fold, lent
 from ars_kit.spec import DampingGate, StepSignal
+from ars_kit.step_loss import StepLoss
 from ars_kit.telemetry import Telemetry
 from ars_kit.wrapper import Wrapper
 
@@ -37,19 +38,17 @@ class Memory:
     wrap, but keep what is assigned to themselves.
 
     Attributes:
+        loss: of the step to come.
         steps: asked for so far.
         last: gradient factor times step factor of the step before.
-        loss: told of the step to come.
-        arriving: waits for that loss as the mean over all ranks, where it was sent ahead.
         used: identifies the gradients that the last step was made of.
         answers: of the gates that were asked already about a step that broke off.
         intact: weights and moments are those after a whole step; False where the base broke off.
     """
 
+    loss: StepLoss
     steps: int = 0
     last: Tensor | None = None
-    loss: Tensor | None = None
-    arriving: Callable[[], Tensor] | None = None
     used: tuple[int, int] | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     intact: bool = True
@@ -64,8 +63,7 @@ class DampedOptimizer(Wrapper):
     Args:
         base: the optimizer; its ``param_groups`` and ``state`` stay its own.
         gates: by name, in the order they are asked; their factors multiply.
-        reduce: means a 0-d loss over all ranks, so that all damp alike. One with a method
-            ``begin``, which returns what waits for the mean, lets :meth:`send` overlap it.
+        reduce: means a loss over all ranks, as in :class:`StepLoss`.
         fold: let a fused base apply the factors itself; by default wherever it can and the
             parameters are on an accelerator.
         owners: the plugin that each gate comes from, and under None that of the base, for
@@ -86,10 +84,9 @@ class DampedOptimizer(Wrapper):
     ) -> None:
         super().__init__(base)
         self.gates: dict[str, DampingGate] = dict(gates)
-        self._reduce = reduce
         self._fold = fold
         self._owners = dict(owners or {})
-        self._memory = Memory()
+        self._memory = Memory(StepLoss(reduce))
         self._telemetry = Telemetry(self.gates)
         kind = type(base).__name__
         closure = inspect.signature(base.step).parameters.get("closure")
@@ -107,7 +104,7 @@ class DampedOptimizer(Wrapper):
         memory, found = self._memory, self._gradients()
         if found and found != memory.used:
             # No step was made of them: a GradScaler left it out. Their loss goes with them.
-            memory.loss = memory.arriving = None
+            memory.loss.forget()
         self.base.zero_grad(set_to_none)
         memory.used = self._gradients()
 
@@ -128,9 +125,7 @@ class DampedOptimizer(Wrapper):
         Raises:
             ConfigError: it is more than one number.
         """
-        share = _one_number(loss, self._device())
-        told = self._memory.loss
-        self._memory.loss = share if told is None else told + share
+        self._memory.loss.add(loss, self._device())
 
     def send(self) -> None:
         """Begin to mean the loss over all ranks, once all of this step's is observed.
@@ -138,14 +133,11 @@ class DampedOptimizer(Wrapper):
         Called before the backward pass, the reduction runs beside it and the step finds it done.
         Does nothing where there is nothing to reduce, or no way to do it beside.
         """
-        begin = getattr(self._reduce, "begin", None)
-        memory = self._memory
-        if begin is not None and memory.loss is not None:
-            memory.arriving, memory.loss = begin(memory.loss), None
+        self._memory.loss.send()
 
     def forget(self) -> None:
         """Forget the gradients and the loss of a step that is to be begun anew."""
-        self._memory.loss = self._memory.arriving = None
+        self._memory.loss.forget()
         self.zero_grad()
 
     # Gates keep a history in Python: compiled, each step would be a program of its own. This is
@@ -169,12 +161,12 @@ class DampedOptimizer(Wrapper):
         if closure is not None:
             with torch.enable_grad():
                 answer = closure()
-            if answer is not None and self._memory.loss is None:
+            if answer is not None and self._memory.loss.told is None:
                 self.observe(answer)
         if loss is not None:
             self.observe(loss)
         memory = self._memory
-        seen = self._reduced()
+        seen = self._take_loss()
         if seen is not None and self.gates:
             with torch.no_grad():
                 self._damped_step(seen)
@@ -188,14 +180,8 @@ class DampedOptimizer(Wrapper):
         memory.used = self._gradients()
         return answer
 
-    def _reduced(self) -> Tensor | None:
-        """Return the loss that was observed, as the mean over all ranks, and forget it."""
-        memory = self._memory
-        seen, arriving = memory.loss, memory.arriving
-        memory.loss = memory.arriving = None
-        if arriving is not None:
-            return arriving()
-        return seen if seen is None or self._reduce is None else self._reduce(seen)
+    def _take_loss(self) -> Tensor | None:
+        return self._memory.loss.take()
 
     @property
     def intact(self) -> bool:
@@ -343,7 +329,7 @@ class DampedOptimizer(Wrapper):
         state = _onto(state, self._device())
         memory, telemetry = self._memory, self._telemetry
         memory.steps, memory.last = state["steps"], state["last"]
-        memory.loss = memory.arriving = None
+        memory.loss.forget()
         telemetry.totals = state["totals"] if list(state["gates"]) == list(self.gates) else None
         answers = state.get("answers", {})
         memory.answers = {name: Answer.from_state(answer) for name, answer in answers.items()}
@@ -356,19 +342,6 @@ class DampedOptimizer(Wrapper):
                 raise PluginError(
                     f"{self.called(name)} could not take its state back: {error!r}"
                 ) from error
-
-
-def _one_number(loss: Tensor | float, device: torch.device) -> Tensor:
-    """Return a loss as a 0-d float32 tensor on ``device``, without waiting for one there."""
-    if not isinstance(loss, Tensor):
-        return torch.full((), float(loss), device=device)
-    if loss.numel() != 1:
-        raise ConfigError(
-            f"a loss must be one number, not a tensor of shape {tuple(loss.shape)}; take its mean"
-        )
-    loss = loss.detach()
-    loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-    return loss.reshape(()).to(device, torch.float32, non_blocking=True)
 
 
 def _onto(tree: Any, device: torch.device) -> Any:

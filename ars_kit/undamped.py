@@ -14,8 +14,8 @@ class Undamped(DampedOptimizer):
     of one's own :class:`DampedOptimizer` without gates is the base and nothing else.
     """
 
-    def _reduced(self) -> Tensor | None:
-        seen = super()._reduced()
+    def _take_loss(self) -> Tensor | None:
+        seen = super()._take_loss()
         if seen is not None:
             self._telemetry.note_undamped(self._memory.steps, seen)
         return seen

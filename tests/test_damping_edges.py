@@ -294,8 +294,8 @@ def test_a_state_goes_to_the_parameters_device() -> None:
     far.grad = torch.ones(2, device="meta")
     loaded.base.step = lambda: None  # type: ignore[method-assign, assignment, return-value]
     loaded.observe(torch.tensor(1.0))
-    assert loaded._memory.loss is not None
-    assert loaded._memory.loss.device.type == "meta"
+    assert loaded._memory.loss.told is not None
+    assert loaded._memory.loss.told.device.type == "meta"
 
 
 def test_the_damping_of_the_step_before_survives_a_resume() -> None:

@@ -56,22 +56,36 @@ def test_large_sizes_are_planned_without_weights(tmp_path: Path) -> None:
         assert plan.members[0].parameters == pytest.approx(parameters, rel=0.25)
 
 
-def figures(ratio: float, trainer: float) -> dict[str, Any]:
+def figures(ratio: float, clipping: float, plain: float) -> dict[str, Any]:
     def made(r: float) -> dict[str, float]:
         return {"ratio": r, "q1": r, "q3": r}
 
     loops = {"arskit": made(ratio)}
-    return {"size": "s", "device": "cpu", "loops": loops, "trainer_over_arskit": made(trainer)}
+    return {
+        "size": "s",
+        "device": "cpu",
+        "loops": loops,
+        "clipping_trainer_over_arskit": made(clipping),
+        "trainer_over_arskit": made(plain),
+    }
 
 
 @pytest.mark.parametrize(
-    ("ratio", "trainer", "met"),
-    [(1.02, 1.01, [True, True]), (1.04, 1.01, [False, True]), (1.0, 0.99, [True, False])],
+    ("ratio", "clipping", "plain", "met"),
+    [
+        (1.02, 1.01, 1.01, [True, True, True]),
+        (1.04, 1.01, 1.01, [False, True, True]),
+        (1.0, 0.99, 1.01, [True, False, True]),
+        (1.0, 1.01, 0.99, [True, True, False]),
+    ],
 )
-def test_a_bar_is_met_where_it_is(ratio: float, trainer: float, met: list[bool]) -> None:
+def test_a_bar_is_met_where_it_is(
+    ratio: float, clipping: float, plain: float, met: list[bool]
+) -> None:
     import throughput
 
-    assert [bar["met"] for bar in throughput.bars([figures(ratio, trainer)])] == met
+    found = throughput.bars([figures(ratio, clipping, plain)])
+    assert [bar["met"] for bar in found] == met
 
 
 def test_every_cost_is_measured(tmp_path: Path) -> None:
