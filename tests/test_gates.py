@@ -280,6 +280,15 @@ def test_the_step_size_comes_back_once_steps_stop_overshooting() -> None:
     assert float(gate.overshoot) == 0
 
 
+def test_the_step_size_comes_back_once_only_noise_keeps_the_loss_up() -> None:
+    for after, back in ((0.0, True), (0.6, False), (-0.6, False)):
+        gate = EntropyGuard(floor=0.2)
+        low = turned(gate, wandering(200, 0.6), -0.1)[-1]
+        for i, v in enumerate(wandering(400, after)[200:], start=200):
+            last = float(gate(signal_of(i, v, -0.1)))
+        assert (last > 2 * low) == back, after
+
+
 def test_periodic_data_is_not_met_in_one_phase_alone() -> None:
     # Gradients that turn at every change of source, as in data that take turns.
     for period in range(2, 41):

@@ -174,7 +174,7 @@ class Judgement(NamedTuple):
         middle: median of the later half.
         evidence: for a period; above 1 it is significant.
         period: the likeliest, in steps.
-        redness: correlation of each loss with the one before.
+        correlation: of each loss with the one before.
     """
 
     progress: Tensor
@@ -182,7 +182,7 @@ class Judgement(NamedTuple):
     middle: Tensor
     evidence: Tensor
     period: Tensor
-    redness: Tensor
+    correlation: Tensor
 
 
 class EntropyGuard(TensorState):
@@ -209,7 +209,8 @@ class EntropyGuard(TensorState):
     to another level does not.
 
     On: Ψ <- max(floor, 0.7 Ψ). Off: Ψ <- min(1, 1.02^8 Ψ), but not while three quarters of the
-    gradients looked at still point against the steps.
+    gradients looked at still point against the steps and the losses are no white noise: those of
+    an oscillation that is held down take after each other, or turn at every step.
 
     ``threshold`` maps to alpha = 2e-3 * 10^((0.5 - threshold) / 0.25). Without ``overshoot``, or
     where parameters are stepped within the backward pass, the losses alone are judged.
@@ -221,7 +222,8 @@ class EntropyGuard(TensorState):
     acts_on = "step"
     EVERY = 8
     RISES = 3
-    RED = 2 / math.sqrt(WINDOW)
+    WHITE = 2 / math.sqrt(WINDOW)
+    """Two standard errors of the correlation that white noise has."""
     TURNS = 16
     psi: Tensor
     turns: Tensor
@@ -264,11 +266,11 @@ class EntropyGuard(TensorState):
         found = self.detect(window, self.best)
         self.overshoot = (self.turns < 0).float().mean()
         self.rises = torch.where(full & found.rises, self.rises + 1, torch.zeros_like(self.rises))
-        # Two standard errors of the correlation that white noise has.
-        overshoots = (self.overshoot >= 1) & (found.redness >= self.RED)
+        overshoots = (self.overshoot >= 1) & (found.correlation >= self.WHITE)
         oscillates = (found.evidence > 1) | overshoots
         alarm = (oscillates & ~found.progress) | (self.rises >= self.RISES)
-        eased = torch.where(self.overshoot < 0.75, (self.psi * 1.02**8).clamp(max=1.0), self.psi)
+        held = (self.overshoot >= 0.75) & (found.correlation.abs() >= self.WHITE)
+        eased = torch.where(held, self.psi, (self.psi * 1.02**8).clamp(max=1.0))
         damped = torch.where(alarm, (0.7 * self.psi).clamp(min=self.floor), eased)
         self.psi = torch.where(full, damped, self.psi)
         self.best = torch.where(full, torch.minimum(self.best, found.middle), self.best)
@@ -302,7 +304,7 @@ class EntropyGuard(TensorState):
             middle=middle,
             evidence=found.evidence,
             period=found.period,
-            redness=found.redness,
+            correlation=found.correlation,
         )
 
 

@@ -31,6 +31,8 @@ FOLDS = range(3, 9)
 FREEDOM = WINDOW - 1 - 3 - 1
 """Degrees of freedom of the residuals under the null: one each is lost to the first lag and the
 noise's coefficient, three to the trend."""
+RED = 0.0, 0.99
+"""Coefficients of red noise."""
 ROUNDING = 1e-4
 """Oscillation below this share of the loss counts as constant: it is worth no damping, and the
 arithmetic is single precision."""
@@ -45,8 +47,7 @@ class Finding(NamedTuple):
         period: of that candidate, in steps; shape (...).
         tame: the losses with outliers pulled to 3 sigma from their trend; shape (..., 64).
         sigma: robust standard deviation of the losses about their trend; shape (...).
-        redness: correlation of each loss with the one before it, about their trend, in [0, 0.99];
-            shape (...).
+        correlation: of each loss with the one before it, about their trend; shape (...).
         error: standard error of the difference between the means of the window's halves, were
             there no period and no trend but the same red noise; shape (...).
     """
@@ -55,7 +56,7 @@ class Finding(NamedTuple):
     period: Tensor
     tame: Tensor
     sigma: Tensor
-    redness: Tensor
+    correlation: Tensor
     error: Tensor
 
 
@@ -87,25 +88,27 @@ class PeriodTest:
         weights = torch.einsum("...w,kwd->...kd", rest, basis)
         without = rest[..., None, :] - torch.einsum("...kd,kwd->...kw", weights, basis)
         floor = WINDOW * (ROUNDING * fitted[..., WINDOW // 2]).square() + 1e-30
-        null, redness = _innovations(rest)
+        null, correlation = _innovations(rest)
+        redness = correlation.clamp(*RED)
         ratio = (_innovations(without)[0] + floor[..., None]) / (null + floor)[..., None]
         evidence, strongest = (ratio.log() / critical).max(-1)
         # Removing a trend takes redness away with it; by simulation about so much at n = 64.
         phi = (redness + (2 + 8 * redness) / WINDOW).clamp(max=0.97)
         error = (null / FREEDOM * 4 / WINDOW).sqrt() / (1 - phi)
         return Finding(
-            evidence, periods.take(strongest), fitted + tame, sigma[..., 0], redness, error
+            evidence, periods.take(strongest), fitted + tame, sigma[..., 0], correlation, error
         )
 
 
 def _innovations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit red AR(1) noise to x, shape (..., n); return the energy left over and the coefficient."""
+    """Fit red AR(1) noise to x, shape (..., n); return the energy left over and x's correlation."""
     past, now = x[..., :-1], x[..., 1:]
     lagged, energy = (now * past).sum(-1), past.square().sum(-1)
     # Only redness is noise: a negative coefficient is what a period of two looks like.
-    phi = (lagged / energy.clamp(min=1e-30)).clamp(0.0, 0.99)
+    correlation = lagged / energy.clamp(min=1e-30)
+    phi = correlation.clamp(*RED)
     left = now.square().sum(-1) - 2 * phi * lagged + phi.square() * energy
-    return left.clamp(min=0.0), phi
+    return left.clamp(min=0.0), correlation
 
 
 @lru_cache(maxsize=1)
