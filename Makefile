@@ -38,6 +38,7 @@ serving-bench: $(VENV)/.installed-dev
 
 throughput: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/throughput.py --threads 1 --json benchmarks/results/throughput.json
+	$(BIN)/python benchmarks/kept_memory.py --json benchmarks/results/kept_memory.json
 
 growth: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/growth.py --json benchmarks/results/growth.json

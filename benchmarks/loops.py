@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,16 @@ class Loop:
 
     block: Block
     model: Any
+
+
+def alone(loop: Loop) -> Loop:
+    """Return the loop in a thread of its own, as the Trainer's is.
+
+    A C library hands threads memory from pools of their own, and what is given back to the system
+    after each step, to be cleared when it is asked for again, differs between the first and others.
+    """
+    thread = ThreadPoolExecutor(max_workers=1)
+    return Loop(lambda first, count: thread.submit(loop.block, first, count).result(), loop.model)
 
 
 class Silent:
@@ -155,8 +166,10 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
 
 
-def trainer_loop(plan: RunPlan, batches: Batches, steps: int, home: Path) -> Loop:
-    """The Trainer, with the optimizer and the schedule of the bare loop."""
+def trainer_loop(
+    plan: RunPlan, batches: Batches, steps: int, home: Path, *, clip: float = 0.0
+) -> Loop:
+    """The Trainer, with the optimizer and the schedule of the bare loop; as it comes, it clips."""
     device, train = torch.device(plan.device), plan.settings.train
     model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
     optimizer = torch.optim.AdamW(
@@ -168,7 +181,7 @@ def trainer_loop(plan: RunPlan, batches: Batches, steps: int, home: Path) -> Loo
         output_dir=str(home),
         per_device_train_batch_size=train.batch_size,
         max_steps=steps,
-        max_grad_norm=0.0,
+        max_grad_norm=clip,
         logging_steps=LOG_EVERY,
         save_strategy="no",
         train_sampling_strategy="sequential",

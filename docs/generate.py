@@ -213,6 +213,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "memory-fits": memory.fits,
     "memory-measured": memory.measured,
     "packing": speed.packing,
+    "kept-memory": speed.kept_memory,
     "evaluation-speed": evaluation.speed,
     "evaluation-prompt": evaluation.prompt,
     "inheritance-conditions": inheritance.conditions,

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,28 @@ def test_large_sizes_are_planned_without_weights(tmp_path: Path) -> None:
     for size, parameters in (("1B", 1.0e9), ("7B", 7.6e9)):
         plan = throughput.plan_of(size, 10, {"train.device": "cpu"}, tmp_path)
         assert plan.members[0].parameters == pytest.approx(parameters, rel=0.25)
+
+
+def test_a_process_that_keeps_its_memory_is_paired_with_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import kept_memory
+
+    monkeypatch.setattr(kept_memory, "STEPS", {"embedded d14": 4})
+    row = kept_memory.train("embedded d14", keeping=False)
+    assert row["seconds"] > 0
+    assert row["parameters"] == 131112
+    asked: list[bool] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append("--keeping" in command)
+        return SimpleNamespace(stdout=json.dumps({**row, "seconds": 0.9 if asked[-1] else 1.0}))
+
+    monkeypatch.setattr(kept_memory.subprocess, "run", run)
+    found = kept_memory.compare("embedded d14", rounds=3)
+    assert asked == [True, False, False, True, True, False]
+    assert found["ratio"] == pytest.approx(0.9)
+    assert found["seconds"] == [1.0, 0.9]
 
 
 def figures(ratio: float, clipping: float, plain: float) -> dict[str, Any]:

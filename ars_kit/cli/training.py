@@ -78,8 +78,7 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         open_texts(settings, host, cache_folder(), display.preparing)
         display.plan = plan = estimate(plan)
         _print_plan(plan, out, console, plan_controls(plan, host))
-    # What was imported lives as long as this process: no collection need look at it again.
-    gc.freeze()
+    _settle(plan.device)
     stop = Stop()
     with stop.listening():
         with display.showing() if main_process else nullcontext():
@@ -117,6 +116,15 @@ def run(out: Path, resume: bool, restart: bool, as_json: bool, **options: Any) -
         f"Next: arskit evaluate {best} --out {shlex.quote(str(out))}\n"
         f"      arskit verify --out {shlex.quote(str(out))}"
     )
+
+
+def _settle(device: str) -> None:
+    from ars_kit.heap import keep_freed_memory
+
+    # What was imported lives as long as this process: no collection need look at it again.
+    gc.freeze()
+    if device == "cpu":
+        keep_freed_memory()
 
 
 def _train(

@@ -44,6 +44,21 @@ def overhead(_: str) -> str:
     return table(["model", "tokens a step", "measured in", "loop", "time against bare"], rows)
 
 
+def kept_memory(_: str) -> str:
+    """Return what keeping the memory that a step frees is worth."""
+    tree = read("kept_memory")
+    rows = []
+    for s in tree["sizes"]:
+        ratio = f"{s['ratio']:.3f} ({s['q1']:.3f} to {s['q3']:.3f})"
+        pages, peaks = ([f"{v:,.0f}" for v in s[k]] for k in ("pages", "peak_mb"))
+        model = f"{s['size']}, {s['parameters']:,} parameters"
+        rows.append([model, ratio, " / ".join(pages), " / ".join(peaks)])
+    heads = ["model", "time, kept over not", "pages a step, not / kept", "peak MB, not / kept"]
+    rounds = tree["sizes"][0]["rounds"]
+    facts = f"Median (quartiles) of {rounds} pairs of processes in turns; {environment(tree)}."
+    return f"{table(heads, rows)}\n\n{facts}"
+
+
 def costs(kind: str) -> str:
     """Return what each size of a kind of work costs, and how it grows."""
     tree = read("growth")
