@@ -6,13 +6,8 @@ evaluator's settings, so that nothing is measured twice unless it is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +18,12 @@ import numpy.typing as npt
 import torch
 
 from ars_kit.data import Corpus, prepare
-from ars_kit.durable import directory_hash, make_directory, sha256, write_atomically
+from ars_kit.durable import directory_hash
 from ars_kit.errors import ArsKitError
 from ars_kit.figures import device_name
 from ars_kit.host import Host
 from ars_kit.judge import joined, judge, judges_of, require_distinct
+from ars_kit.judgements import judgement_file, keep_judgement, named_files, read_judgement
 from ars_kit.models import load_member
 from ars_kit.outcome import FROZEN, kept_judgements, text_hashes
 from ars_kit.plan import pick_device
@@ -164,9 +160,8 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
     whole = Assessment({}, notes=notes)
     for choice in choices:
         identity = _identity(court, choice, corpus, checkpoint)
-        blob = json.dumps(identity, sort_keys=True, default=str).encode()
-        file = home / f"{hashlib.sha256(blob).hexdigest()[:24]}.json"
-        part = None if court.fresh else _read(file)
+        file = judgement_file(home, identity)
+        part = None if court.fresh else read_judgement(file)
         cached = part is not None
         if part is None:
             court.watcher.judging(label, choice.name)
@@ -181,7 +176,7 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
                 choices=[choice],
                 progress=court.watcher.share,
             )
-            if failure := _keep(file, identity, part):
+            if failure := keep_judgement(file, identity, part):
                 court.failures.append(failure)
         court.watcher.judged(label, choice.name, cached=cached)
         with court.host.blaming("evaluators", choice.name, f"judging {label}"):
@@ -345,43 +340,8 @@ def _identity(court: Court, choice: Choice, corpus: Corpus, checkpoint: str) -> 
         "context": data.sequence_length,
         "evaluator": choice.name,
         "settings": settings,
-        "files": _named_files(settings.values()),
+        "files": named_files(settings.values()),
         "plugin": str(court.host.listing("evaluators", choice.name).plugin),
         "device": device_name(court.device),
         "versions": {p: version(p) for p in ("torch", "transformers")},
     }
-
-
-def _named_files(values: Iterable[Any]) -> dict[str, str]:
-    """Return the hash of each file that a setting names, such as a task's."""
-    words = [w for v in values for w in (v if isinstance(v, tuple) else (v,))]
-    return {w: sha256(Path(w)) for w in words if isinstance(w, str) and Path(w).is_file()}
-
-
-def _read(file: Path) -> Assessment | None:
-    """Return a kept judgement; one that is damaged counts as none."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        found = Assessment(dict(tree["figures"]), dict(tree["files"]), dict(tree["notes"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    with contextlib.suppress(OSError):  # a cache that is only read
-        os.utime(file)  # of several ways to measure a figure, the one asked for last counts
-    return found
-
-
-def _keep(file: Path, identity: Mapping[str, Any], part: Assessment) -> str | None:
-    """Write a judgement into the cache; returns why that failed, which loses no figure."""
-    tree = {**dataclasses.asdict(part), "identity": identity, "measured": _now()}
-    text = json.dumps(tree, ensure_ascii=False, indent=1, default=str)
-    try:
-        make_directory(file.parent)
-        write_atomically(file, text, scratch=file.parent)
-    except (OSError, ArsKitError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        return f"cannot write {file.parent} ({getattr(cause, 'strerror', None) or cause})"
-    return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -20,7 +20,7 @@ from ars_kit.cli import cli
 from ars_kit.cli.options import find_models
 from ars_kit.durable import MANIFEST, sha256
 from ars_kit.errors import ConfigError, IntegrityError
-from ars_kit.evaluating import _read
+from ars_kit.judgements import read_judgement
 from ars_kit.outcome import kept_judgements, newer_than_best
 from ars_kit.resampling import bits_per_byte, difference_interval, interval
 from ars_kit.rules import Aim, Limit, Rule, parse_aims, parse_limit, task_note
@@ -361,7 +361,7 @@ def test_what_is_found_in_the_cache_again_is_what_was_asked_for_last(tmp_path: P
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"figures": {"bleu": 1.0}, "files": {}, "notes": {}}))
     os.utime(file, (1, 1))
-    assert _read(file) == Assessment({"bleu": 1.0})
+    assert read_judgement(file) == Assessment({"bleu": 1.0})
     assert file.stat().st_mtime > 1
 
 
