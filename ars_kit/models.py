@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ars_kit.causality import NotCausalError, other_task, require_causal
 from ars_kit.errors import ConfigError, IntegrityError
 from ars_kit.spec import like
 
@@ -62,8 +63,9 @@ def load_base_config(name: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:  # the hub raises a dozen kinds
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"base {name!r} is no causal language model: it is a {config.model_type}")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if other := other_task(config) if known else f"a {config.model_type}":
+        raise NotCausalError(f"base {name!r} is no causal language model: it is {other}")
     _forget_remote_code(config)
     return config  # type: ignore[no-any-return]
 
@@ -72,13 +74,16 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a pretrained base in eval mode.
 
     Raises:
-        ConfigError: it cannot be had, or its weights are damaged or not all there.
+        ConfigError: it cannot be had, its weights are damaged or not all there, or it is no causal
+            language model: a token's prediction changes with later ones.
     """
     load_base_config(name)
     try:
-        return _from_pretrained(_place(name), dtype)
+        model = _from_pretrained(_place(name), dtype)
     except Exception as error:
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
+    require_causal(name, model)
+    return model
 
 
 def load_member(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

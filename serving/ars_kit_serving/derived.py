@@ -6,6 +6,7 @@ import contextlib
 
 import numpy as np
 
+from ars_kit.causality import NotCausalError
 from ars_kit.durable import check_directory, discard
 from ars_kit.errors import ConfigError, ParityError
 from ars_kit.models import load_base_config
@@ -61,7 +62,7 @@ def derived_engine(service: Service, exporter: Exporter, form: str) -> Engine:
             if not target.is_dir():
                 raise
         except ConfigError as error:
-            if not is_transient(error):
+            if not is_transient(error) and not isinstance(error, NotCausalError):
                 failures.remember(str(error))
             raise
     clear_unused(service, in_use=target)

@@ -17,6 +17,7 @@ from types import FrameType
 
 import uvicorn
 
+from ars_kit.causality import NotCausalError
 from ars_kit.errors import ArsKitError, ConfigError, PluginError
 from ars_kit.host import Host
 from ars_kit.schema import Choice
@@ -230,6 +231,8 @@ def choose(service: Service, serving: Serving) -> Engine | Relayed:
     for name in AUTO:
         try:
             made = serving.host.make("servers", Choice(name), service)
+        except NotCausalError:  # so it is for every other engine
+            raise
         except ArsKitError as error:  # a cache that is full or only read is no end either
             if name == AUTO[-1] and not isinstance(error, ConfigError):
                 raise
