@@ -192,6 +192,12 @@ def _require_same_plan(folder: RunFolder, settings: Settings) -> None:
         )
     if otherwise := trained_otherwise(folder.path, settings):
         raise ConfigError(f"{otherwise[0]}. Put the file back, or start anew with --restart")
+    began = folder.private / FROZEN
+    if began.exists() and (edited := differences(resolve({}, {}, began), settings)):
+        raise ConfigError(
+            f"{path} was edited since the run began: {'; '.join(edited)}. Put that back, or start "
+            "anew with --restart"
+        )
 
 
 def _freeze(
@@ -208,7 +214,8 @@ def _freeze(
     if known is not None:
         require_unchanged(known, now, settings, folder.path)
     _keep(folder, DATA_RECORD, now)
-    folder.write_text(FROZEN, to_toml(settings))
+    for name in (FROZEN, f"{folder.private.name}/{FROZEN}"):  # an edit of the first is seen
+        folder.write_text(name, to_toml(settings))
 
 
 def _began_with(folder: RunFolder) -> dict[str, Any] | None:

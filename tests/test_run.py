@@ -216,6 +216,12 @@ def test_a_signal_saves_and_leaves(
     assert "state saved" in stderr
     assert "Traceback" not in stderr
     assert list(mine.glob(".arskit/state/d2/step-*"))
+    file = mine / "run.toml"  # the state would go on under settings that it was not trained under
+    file.write_text(file.read_text().replace("weight_decay = 0.1", "weight_decay = 0.2"))
+    process = start(cache, "run", "--resume", "--out", str(mine))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    assert "was edited since the run began: train.weight_decay: 0.1 -> 0.2. Put that" in stderr
 
 
 def test_a_flipped_byte_in_an_ancestor_is_named(
