@@ -158,7 +158,8 @@ def check_folder(out: Path, settings: Settings, host: Host, *, restart: bool) ->
     """Refuse a folder before any text is prepared for it; :func:`execute` asks again.
 
     Raises:
-        ConfigError: the folder is in use, holds a run of another plan, or is that of the text.
+        ConfigError: the folder cannot be written to, is in use, holds a run of another plan, or is
+            that of the text.
     """
     folder = RunFolder(out)
     members = parse_roster(settings.family.members)
@@ -171,9 +172,22 @@ def check_folder(out: Path, settings: Settings, host: Host, *, restart: bool) ->
             )
     if not str(out.absolute()).isprintable():  # safetensors opens no path that is not UTF-8
         raise ConfigError(f"{str(out)!r} is no path in UTF-8; choose another --out")
+    _require_place(out)
     folder.require_free()
     if not restart:
         _require_same_plan(folder, settings)
+
+
+def _require_place(out: Path) -> None:
+    """Refuse a folder that can neither be made nor written to."""
+    place = out.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    why = None if place.is_dir() else "is no directory"
+    if why is None and not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written to"
+    if why:
+        raise ConfigError(f"cannot write to {out}: {place} {why}; choose another --out")
 
 
 def _same_folder(one: Path, other: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,24 @@ def test_a_settings_file_that_was_edited_under_way_is_noticed(folder: RunFolder)
     with pytest.raises(ConfigError, match=r"family.seed: 0 -> 1\. Put the file back"):
         check_folder(folder.path, edited, Host.installed(), restart=False)
     check_folder(folder.path, edited, Host.installed(), restart=True)
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_text_is_read(tmp_path: Path) -> None:
+    settings, host = resolve({}, {}), Host.installed()
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"cannot write to .*file is no directory; choose"):
+            check_folder(out, settings, host, restart=False)
+    check_folder(tmp_path / "a" / "new" / "run", settings, host, restart=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
+def test_a_folder_that_may_not_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="may not be written to; choose another --out"):
+        check_folder(tmp_path / "run", resolve({}, {}), Host.installed(), restart=False)
+    tmp_path.chmod(0o700)
 
 
 def test_a_record_that_holds_something_else_is_damaged(folder: RunFolder) -> None:
