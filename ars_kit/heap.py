@@ -9,7 +9,7 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of ``mallopt(3)``; numbers of the GNU C library."""
 LARGEST_THRESHOLD = 32 << 20
-"""Bytes; what is larger it asks the system for each time, whatever it is told."""
+"""Bytes; the upper limit that ``mallopt(3)`` gives for the second. Larger blocks come and go."""
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 

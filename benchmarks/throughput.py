@@ -116,6 +116,8 @@ def compare(
     steps = (rounds + 2) * block
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         plan = plan_of(size, steps, more, Path(scratch))
+        if plan.device == "cpu":
+            keep_freed_memory()  # as arskit run does
         member, settings = plan.members[0], plan.settings
         stream = np.random.default_rng(0).integers(0, 1000, 2_000_000, dtype=np.uint16)
         length, batch = settings.data.sequence_length, settings.train.batch_size
@@ -285,8 +287,6 @@ def main() -> None:
         "train.precision": options.precision,
         "train.compile": options.compile,
     }
-    if options.device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
     found = []
     for size in options.sizes.split(","):
         found.append(
