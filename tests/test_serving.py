@@ -904,3 +904,32 @@ def test_counters_tell_of_tokens_and_waiting(client: TestClient) -> None:
         'arskit_active_sequences{model="tiny"} 0.0',
     ):
         assert name in text
+
+
+def test_a_short_prompt_waits_for_no_thread(
+    served: Model, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hop(*_: Any, **__: Any) -> None:
+        raise AssertionError("handed to a thread")
+
+    client.post("/v1/completions", json=ASK)
+    monkeypatch.setattr("anyio.to_thread.run_sync", hop)
+    monkeypatch.setattr("asyncio.to_thread", hop)
+    assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_the_end_of_a_stream_goes_out_with_its_last_text(saying: Any) -> None:
+    asked = {**ASK, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 1}
+    client, _ = saying("a")
+    inner, parts = client.app, []
+
+    async def listening(scope: Any, receive: Any, send: Any) -> None:
+        async def heard(message: Any) -> None:
+            parts.append(message.get("body", b""))
+            await send(message)
+
+        await inner(scope, receive, heard)
+
+    TestClient(listening, base_url="http://127.0.0.1:8000").post("/v1/completions", json=asked)
+    (part,) = filter(None, parts)
+    assert part.count(b"data: ") == 3  # the text, the usage, the end

@@ -186,21 +186,25 @@ class EventStream(StreamingResponse):
 async def _events(generation: Generation, shape: Shape, *, usage: bool) -> AsyncIterator[str]:
     try:
         opened: set[int] = set()
+        told = ""
         async for answer, piece in generation.pieces():
             if answer.index not in opened:
                 opened.add(answer.index)
                 if (first := shape.first(answer, usage=usage)) is not None:
-                    yield f"data: {first}\n\n"
+                    told += f"data: {first}\n\n"
             if piece or answer.finish:
-                yield f"data: {shape.chunk(answer, piece, usage=usage)}\n\n"
+                told += f"data: {shape.chunk(answer, piece, usage=usage)}\n\n"
+            if told and not generation.done:  # the last goes with the end: a write costs much
+                yield told
+                told = ""
     except ApiError as error:  # the status was sent long ago
         generation.facts["error"] = error.code
         yield f"data: {error.body()}\n\n"
         return
     if usage:
         counted = usage_of(generation.order.prompts, generation.answers)
-        yield f"data: {shape.last(counted)}\n\n"
-    yield "data: [DONE]\n\n"
+        told += f"data: {shape.last(counted)}\n\n"
+    yield f"{told}data: [DONE]\n\n"
 
 
 async def _whole(generation: Generation, shape: Shape, receive: Receive) -> Response:
@@ -291,7 +295,7 @@ def create_app(
     return app
 
 
-def _desk(request: Request) -> Desk:
+async def _desk(request: Request) -> Desk:  # not async, it would be called in a thread
     desk: Desk = request.app.state.desk
     return desk
 

@@ -145,6 +145,11 @@ class Generation:
             ) from None
         self.measures.prompt_tokens.labels(model.name).inc(sum(map(len, self.order.prompts)))
 
+    @property
+    def done(self) -> bool:
+        """Whether every answer has ended."""
+        return not self._open
+
     async def pieces(self) -> AsyncIterator[tuple[Answer, str]]:
         """Yield each answer whenever it has grown, with the text that became certain.
 

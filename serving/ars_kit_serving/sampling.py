@@ -97,9 +97,12 @@ class Sampler:
     ) -> None:
         self.how, self.choice = how, choice
         self.constraint = constraint
-        entropy = None if how.seed is None else (how.seed % 2**64, choice)
-        self._random = np.random.default_rng(entropy)
         self._seen: Counter[int] = Counter()
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        seed = self.how.seed  # made when it is used: it costs as much as a request's JSON
+        return np.random.default_rng(None if seed is None else (seed % 2**64, self.choice))
 
     def draw(self, logits: Floats) -> Drawn:
         """Return the next token; logits have shape (vocabulary,).
