@@ -10,8 +10,9 @@ for red noise, and red noise for a period. Candidates are
 - any pattern whatever that repeats every 3 to 8 steps (epoch folding, Leahy et al. 1983).
 
 Under the null the ratio of energies follows a Beta distribution whose parameters are the residual
-and the candidate's degrees of freedom (the F test of nested linear models); Bonferroni's inequality
-bounds the level over all candidates.
+and the candidate's degrees of freedom (the F test of nested linear models). Bonferroni's inequality
+bounds the level over all candidates, half of it for either kind (weighted as by Roeder & Wasserman
+2009): patterns are few, and the sinusoids, many and much alike, would leave them little.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class PeriodTest:
 
     def __init__(self, alpha: float) -> None:
         basis, freedom, periods = _candidates()
-        critical = torch.tensor([_critical(alpha / len(freedom), d) for d in freedom])
+        waves = len(freedom) - len(FOLDS)
+        levels = [alpha / 2 / waves] * waves + [alpha / 2 / len(FOLDS)] * len(FOLDS)
+        critical = torch.tensor(list(map(_critical, levels, freedom)))
         self._tables = {torch.device("cpu"): (_trend(), basis, critical.log(), periods)}
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
