@@ -13,10 +13,13 @@ import pytest
 from commands import QUIET, call_forked, call_started
 
 from ars_kit.spec import StepSignal
+from ars_kit.store import RunFolder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.update(QUIET)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+pytest_plugins = ("serving_fixtures",)
 
 WORDS = (
     "the",
@@ -156,6 +159,14 @@ def controlled(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_folde
         train_control(control, host, out, cache, watcher=Quiet(), stop=Stop())
     write_report(out)
     return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run folder with nothing in it."""
+    made = RunFolder(tmp_path / "run")
+    made.create()
+    return made
 
 
 @pytest.fixture(scope="session")

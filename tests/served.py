@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from conftest import make_text
+from starlette.testclient import TestClient
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -21,12 +23,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from ars_kit.spec import Service
 from ars_kit.tokenizer import TrainBPE, make_tokenizer
+from ars_kit_serving.app import create_app
 from ars_kit_serving.generation import Model
+from ars_kit_serving.guard import Rules
 from ars_kit_serving.scheduling import Scheduler
 from ars_kit_serving.tokenizing import ServedTokenizer
 
 CONTEXT = 96
+ASK = {"model": "tiny", "prompt": "the loss", "max_tokens": 8, "temperature": 0}
+HELLO = [{"role": "user", "content": "größer"}]
+CHAT = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0}
 
 
 def shape(kind: str, vocabulary: int) -> PretrainedConfig:
@@ -121,3 +129,38 @@ def model_of(
 ) -> Model:
     """Return a served model over an engine."""
     return Model(name, tokenizer, Scheduler(engine, queue=queue), tokenizer.size, 1)
+
+
+def service_of(path: Path, **more: Any) -> Service:
+    """Return what an engine of a checkpoint is told."""
+    fields = {"context": None, "slots": 3, "say": print, "cache": path.parent / "cache", **more}
+    return Service(name="tiny", path=path, digest="0", **fields)
+
+
+def client_of(model: Model, *, seconds: float = 30, **rules: Any) -> TestClient:
+    """Return a client of a server of one model."""
+    app = create_app({model.name: model}, rules=Rules(**rules), seconds=seconds)
+    return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+
+
+def form(schema: Any) -> dict[str, Any]:
+    """Return a ``response_format``."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def events(text: str) -> list[Any]:
+    """Return the chunks of a stream that ended well."""
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """Return the error of an answer in OpenAI's form."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    found: dict[str, Any] = body["error"]
+    return found
