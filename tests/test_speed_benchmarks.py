@@ -129,3 +129,6 @@ def test_what_grows_worse_than_in_proportion_is_named() -> None:
     exponents = {key: growth.exponent(points, key) for key in ("seconds", "verify_seconds")}
     assert exponents == pytest.approx({"seconds": 2.0, "verify_seconds": 1.0})
     assert growth.worse([{"kind": "x", "exponents": exponents}]) == ["x: seconds, exponent 2.00"]
+    for volume, named in ((1.9, []), (1.8, ["x: seconds, exponent 2.00"])):
+        held = {**exponents, "plain_seconds": volume}
+        assert growth.worse([{"kind": "x", "exponents": held}]) == named
