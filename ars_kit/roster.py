@@ -101,7 +101,11 @@ def read_roster(path: Path) -> str:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     entries = tree.get("member")
-    if tree.keys() != {"member"} or not isinstance(entries, list):
+    if (
+        tree.keys() != {"member"}
+        or not isinstance(entries, list)
+        or not all(isinstance(entry, dict) for entry in entries)
+    ):
         raise ConfigError(f"{path} must hold nothing but [[member]] tables, one for each member")
     members = []
     for number, entry in enumerate(entries, start=1):
@@ -166,6 +170,11 @@ def _member(raw: Mapping[str, Any], name: str, where: str) -> Member:
     small = [f"{key} = {value}" for key, value in sizes.items() if value < 1]
     if small:
         raise ConfigError(f"{where}: {small[0]} must be at least 1")
+    deep = sizes["num_hidden_layers"]
+    if deep > DEEPEST:  # said now: to lay it out would take all memory there is
+        raise ConfigError(
+            f"{where}: num_hidden_layers = {deep} goes beyond {DEEPEST:,} layers; is that a slip?"
+        )
     return Member(name=name, **sizes, data=data)
 
 

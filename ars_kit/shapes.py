@@ -22,7 +22,8 @@ ARCHITECTURES: Mapping[str, type[PretrainedConfig]] = {
 """What an embedded family can be made of."""
 
 WIDEST = 1 << 20
-"""Of an embedded model; the number of a matrix's entries must fit into 63 bits."""
+"""Of a size that is given, and of an embedded model: the number of a matrix's entries must fit into
+63 bits."""
 
 
 def embedded_config(
@@ -63,6 +64,7 @@ def embedded_config(
             f"{', '.join(ARCHITECTURES)}"
         )
     given = dict(sizes or {})
+    _require_sane(given)
     head = given.get("head_dim", head_dim)
     if not aspect * depth * head_dim / 8 <= WIDEST:  # infinite ones and NaN too
         raise ConfigError(
@@ -98,6 +100,17 @@ def embedded_config(
     if head * heads != width or architecture == "qwen3":  # which has a default of its own
         tree["head_dim"] = head
     return _checked(ARCHITECTURES[architecture], tree)
+
+
+def _require_sane(sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that nobody means to ask for.
+
+    Raises:
+        ConfigError: one is such.
+    """
+    for key, size in sizes.items():
+        if size > WIDEST:
+            raise ConfigError(f"{key} {size} goes beyond {WIDEST:,}; is that a slip?")
 
 
 def _checked(kind: type[PretrainedConfig], tree: Mapping[str, Any]) -> PretrainedConfig:
@@ -151,6 +164,7 @@ def grown_config(
             tree["max_window_layers"] = stretched.index("sliding_attention")
     tree["num_hidden_layers"] = layers
     others = {k: v for k, v in (sizes or {}).items() if k != "num_hidden_layers"}
+    _require_sane(others)
     if not others:
         return type(base).from_dict(tree)
     unknown = [k for k in (*others, "rms_norm_eps") if k not in tree and k != "head_dim"]

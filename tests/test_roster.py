@@ -83,6 +83,11 @@ def test_depths_are_members_of_the_family_s_rule() -> None:
         ('[[member]]\nname = "best"\nnum_hidden_layers = 1', "and none of best, controls"),
         ('[[member]]\nname = "a"\nnum_hidden_layers = 1\n' * 2, "'a' is named twice"),
         ("[member]\nname = 'a'", "nothing but"),
+        ("member = [1, 2]", r"nothing but \[\[member\]\] tables"),
+        (
+            '[[member]]\nname = "a"\nnum_hidden_layers = 1_000_000_000',
+            "member 'a': num_hidden_layers = 1000000000 goes beyond 10,000 layers",
+        ),
         ("member = []", "at least one member"),
         ("[[member]\n", "not valid TOML"),
     ],
@@ -107,3 +112,10 @@ def test_a_blend_may_be_called_what_a_member_may() -> None:
     assert bad_name("a" * 100) is None
     for name in ("controls", "best", "", "../x", "a b", "a" * 101):
         assert "cannot be a member's name" in (bad_name(name) or "")
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "intermediate_size"])
+def test_sizes_that_nobody_means_are_refused_in_one_line(size: str) -> None:
+    line = f"a:num_hidden_layers=1,num_attention_heads=2,head_dim=8,{size}=99999999999999"
+    with pytest.raises(ConfigError, match=f"^a: {size} 99999999999999 goes beyond 1,048,576"):
+        plan_run(resolve({"family.members": line}, {}), Host.installed())
