@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pluggy
 
@@ -298,10 +298,14 @@ def _offers(module: object) -> list[tuple[Kind, Offer[Any]]]:
     found: list[tuple[Kind, Offer[Any]]] = []
     for kind in SINGULAR:
         hook = getattr(manager.hook, f"arskit_{kind}")
+        if not hook.get_hookimpls() and callable(getattr(module, f"arskit_{kind}", None)):
+            raise PluginError(f"has arskit_{kind}() without @hookimpl above it, so nobody calls it")
         try:
             answers = hook()
         except (Exception, SystemExit) as error:
             raise PluginError(f"failed in arskit_{kind}(): {error!r}") from error
+        if not answers and hook.get_hookimpls():
+            answers = [None]  # pluggy drops what returns nothing
         for answer in answers:
             found += [(kind, _checked(offer, kind)) for offer in _sequence(answer, kind)]
     return found
@@ -316,8 +320,11 @@ def _sequence(answer: object, kind: Kind) -> list[object]:
 def _checked(offer: object, kind: Kind) -> Offer[Any]:
     if not isinstance(offer, Offer):
         raise PluginError(f"returned {offer!r} from arskit_{kind}(), not an Offer")
-    if not _NAME.fullmatch(str(offer.name)):
-        raise PluginError(f"offers {offer.name!r}; a name is lower-case letters, digits and dashes")
+    name, summary = cast("Any", offer.name), cast("Any", offer.summary)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise PluginError(f"offers {name!r}; a name is lower-case letters, digits and dashes")
+    if not isinstance(summary, str):
+        raise PluginError(f"offers {name!r} with a summary that is no text: {summary!r}")
     if not callable(offer.make):
-        raise PluginError(f"offers {offer.name!r} with a make that cannot be called")
+        raise PluginError(f"offers {name!r} with a make that cannot be called")
     return offer

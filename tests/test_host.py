@@ -95,6 +95,9 @@ def test_two_plugins_of_one_name_are_left_out_by_their_distributions() -> None:
         ("clip", "arskit_gates", "not a list"),
         (["clip"], "arskit_gates", "not an Offer"),
         ([Offer("Bad Name", "", dict)], "arskit_gates", "a name is"),
+        ([Offer(5, "", dict)], "arskit_gates", "offers 5; a name is"),  # type: ignore[arg-type]
+        ([Offer("x", None, dict)], "arskit_gates", "no text: None"),  # type: ignore[arg-type]
+        (None, "arskit_gates", "returned NoneType from arskit_gates(), not a list"),
         ([], "arskit_gatez", "unknown hook"),
     ],
 )
@@ -138,6 +141,13 @@ def test_an_installed_plugin_that_breaks_leaves_the_rest(
     assert message in line
     assert host.make("gates", Choice("clip", {}))
     assert not Host.installed(without=["broken"]).quarantined
+
+
+def test_a_hook_that_is_not_marked_is_named() -> None:
+    host = Host()
+    host.register(SimpleNamespace(arskit_gates=lambda: [Offer("mine", "a gate", Mine)]), STRANGER)
+    (line,) = host.complaints()
+    assert "has arskit_gates() without @hookimpl above it" in line
 
 
 def test_a_newer_interface_is_refused() -> None:
