@@ -153,7 +153,7 @@ def require_column(columns: Iterable[str], column: str, where: str) -> None:
     names = list(columns)
     if column not in names:
         raise DataError(
-            f"{where} has no column {column!r}; it has {', '.join(map(str, names))}. "
+            f"{where} has no column {column!r}; it has {', '.join(map(str, names)) or 'none'}. "
             "Choose one with the setting column=NAME"
         )
 
