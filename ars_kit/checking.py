@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from ars_kit.errors import DataError
 from ars_kit.host import Host
@@ -33,5 +33,7 @@ def check_choices(settings: Settings, host: Host) -> None:
     for source in (parse_source(text, host) for text in [settings.data.source, *own]):
         host.check("data_sources", source)
         path = source.settings.get("path")
-        if source.name == FILES and isinstance(path, str) and not Path(path).expanduser().exists():
+        # os.path has an answer too for what no file can be called, and for nobody's home.
+        there = isinstance(path, str) and os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
+        if source.name == FILES and isinstance(path, str) and not there:
             raise DataError(f"no such file or folder: {path}")

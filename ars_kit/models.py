@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,10 +55,12 @@ def load_base_config(name: str) -> PretrainedConfig:
         ConfigError: it cannot be had, it is no causal language model, or only code of its own
             could run it.
     """
-    path = Path(name).expanduser()
+    # os.path has an answer too for what no file can be called, and for nobody's home.
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if (local or path.exists()) and not (path / "config.json").is_file():
-        what = "is no model directory: it has no config.json" if path.exists() else "does not exist"
+    there = os.path.exists(path)  # noqa: PTH110
+    if (local or there) and not os.path.isfile(path / "config.json"):  # noqa: PTH113
+        what = "is no model directory: it has no config.json" if there else "does not exist"
         raise ConfigError(f"base {name!r} {what}")
     try:
         config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)

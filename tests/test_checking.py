@@ -9,6 +9,8 @@ from pathlib import Path
 
 OF_A_RUN = {
     "--data=nowhere": "no such file or folder: nowhere",
+    f"--data={'a' * 300}": "no such file or folder: aaa",
+    "--data=~nobody-at-all/text": "no such file or folder: ~nobody-at-all/text",
     "--members=x9": "cannot read members 'x9'",
     "--optimizer=adamv": "did you mean 'adamw'?",
     "--base-optimizer=adamv": "no optimizer named 'adamv'",

@@ -271,6 +271,8 @@ def test_the_code_of_a_base_is_never_run(saved: Path) -> None:
     [
         ("/nowhere/at/all", "does not exist"),
         ("./nowhere", "does not exist"),
+        ("./" + "a" * 300, "does not exist"),
+        ("~nobody-at-all/model", "does not exist"),
         ("nobody/nothing", "HF_HUB_OFFLINE"),
         ("no such model!", "no hub id"),
     ],

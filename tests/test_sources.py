@@ -177,6 +177,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, name: str, conte
 )
 def test_what_cannot_be_read_is_named_in_one_line(
         ("a.csv", b"\n", "no column .text.; it has none"),
+        ("a.csv", b"\n", "no column .text.; it has none"),
     tmp_path: Path,
     name: str,
     content: bytes,

@@ -46,7 +46,7 @@ class TextFiles:
     """
 
     def __init__(self, path: str, column: str = "text") -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # noqa: PTH111 -- nobody's home is no file
         self.column = column
 
     def files(self) -> list[Path]:
@@ -56,11 +56,12 @@ class TextFiles:
             DataError: nothing is there, or nothing that can be read.
         """
         known = f"{', '.join(KNOWN)} (.gz too)"
-        if self.path.is_file():
+        # os.path has an answer too for what no file can be called.
+        if os.path.isfile(self.path):  # noqa: PTH113
             if kind_of(self.path) not in KNOWN:
                 raise DataError(f"{self.path} is of no kind that can be read; there are {known}")
             return [self.path]
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):  # noqa: PTH112
             raise DataError(f"no such file or folder: {self.path}")
         found, links = [], list[Path]()
         for folder, below, names in os.walk(self.path, onerror=_unreadable):
