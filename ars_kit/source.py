@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from ars_kit.host import Host
 from ars_kit.schema import Choice, parse_choice
@@ -11,6 +12,8 @@ from ars_kit.spec import DataSource, Document
 
 FILES = "files"
 """The source of what is no source's name: a path."""
+
+_END = object()
 
 
 class NamedSource:
@@ -32,7 +35,9 @@ class NamedSource:
     def fingerprint(self) -> Mapping[str, Any]:
         """Return the source's own."""
         with self._host.blaming("data_sources", self._name, "saying what it holds"):
-            return dict(self._source.fingerprint())
+            found = dict(self._source.fingerprint())
+            json.dumps(found, sort_keys=True, default=str)  # or the cache could not be named by it
+            return found
 
     def documents(self) -> Iterator[Document]:
         """Yield the source's own."""
@@ -41,11 +46,13 @@ class NamedSource:
         number = 0
         while True:
             with self._host.blaming("data_sources", self._name, f"at document {number}"):
-                document: object = next(documents, None)
-                if document is None:
+                document: object = next(documents, _END)
+                if document is _END:
                     return
                 if not isinstance(document, Document) or not isinstance(document.text, str):
                     raise TypeError(f"it yielded {document!r:.80}, no Document of text")
+                if not isinstance(cast("Any", document.origin), str):
+                    raise TypeError(f"the origin of a document is no text: {document.origin!r}")
             yield document
             number += 1
 

@@ -6,12 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ars_kit.errors import ConfigError, DataError
-from ars_kit.host import Host
+from ars_kit.data import prepare
+from ars_kit.errors import ConfigError, DataError, PluginError
+from ars_kit.host import Host, Plugin
 from ars_kit.resolving import resolve
+from ars_kit.schema import Choice
+from ars_kit.source import NamedSource
+from ars_kit.spec import Document, Offer, hookimpl
+from ars_kit.tokenizer import TrainBPE
 from ars_kit_plugins import stdlib_docs, text_files
 from ars_kit_plugins.hubs import HubDataset, KaggleDataset
 from ars_kit_plugins.sources import arskit_data_sources
@@ -170,14 +176,13 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, name: str, conte
         ("a.csv", b"text\na\nb\0\n", "row 2 is not text: a zero byte at 1"),
         ("a.parquet", as_parquet("a\0"), "row 1 is not text: a zero byte at 1"),
         ("a.csv", b"text\nh\xe4llo\n", "not UTF-8"),
+        ("a.csv", b"\n", "no column .text.; it has none"),
         ("a.csv", b'text\n"never closed\n', "line 2: EOF inside string"),
         ("a.csv", b"text,n\nto be, or not,1\n", "line 2 has 3 fields, where its first line has 2"),
         ("a.csv", b"text,n\na,1\nto be, or not,1\n", "line 3 has 3 fields"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(
-        ("a.csv", b"\n", "no column .text.; it has none"),
-        ("a.csv", b"\n", "no column .text.; it has none"),
     tmp_path: Path,
     name: str,
     content: bytes,
@@ -198,6 +203,7 @@ def test_what_cannot_be_read_is_named_in_one_line(
         ("nowhere", "no such file or folder"),
         ("empty", "holds no file of .txt"),
         ("a.bin", "of no kind that can be read; there are .txt"),
+        ("a" * 300, "no such file or folder: .*aaa"),
     ],
 )
 def test_an_unusable_path_is_said_before_anything_is_read(
@@ -339,3 +345,32 @@ def test_offers_are_light_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "documents", "message"),
+    [
+        ({}, [Document("a"), None, Document("b")], "at document 1: .*it yielded None, no Document"),
+        ({}, [Document("a", Path("a.txt"))], "at document 0: .*a document is no text: Po"),
+        ({("a", 1): 2}, [], "saying what it holds: TypeError"),
+        ({"a": 1, 2: 3}, [], "saying what it holds: TypeError"),
+    ],
+)
+def test_a_source_that_yields_something_else_is_named(
+    tmp_path: Path, fingerprint: Any, documents: list[Any], message: str
+) -> None:
+    class Source:
+        def fingerprint(self) -> Any:
+            return fingerprint
+
+        def documents(self) -> Any:
+            return iter(documents)
+
+    host = Host()
+    module = SimpleNamespace(
+        arskit_data_sources=hookimpl(lambda: [Offer("mine", "for a test", Source)])
+    )
+    host.register(module, Plugin("stranger", "arskit-stranger", "1"))
+    with pytest.raises(PluginError, match=f"'mine' of plugin 'stranger' .* failed {message}"):
+        prepare(NamedSource(host, Choice("mine")), tokenizer=TrainBPE(300), cache=tmp_path)
+    assert not list(tmp_path.iterdir())
