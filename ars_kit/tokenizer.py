@@ -119,8 +119,11 @@ def load_pretrained(name: str) -> Any:
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 -- slow
 
+    path = Path(name).expanduser()
     try:
-        fast = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        fast = AutoTokenizer.from_pretrained(
+            str(path) if path.exists() else name, trust_remote_code=False
+        )
     except Exception as error:  # hub, file and format errors share no class
         lines = str(error).strip().splitlines() or [repr(error)]
         raise DataError(f"cannot load the tokenizer of {name!r}: {lines[0]}") from error

@@ -364,6 +364,16 @@ def test_a_pretrained_tokenizer_is_used_as_it_is(base: Path, tmp_path: Path) -> 
     assert core.decode(list(first)) in texts
 
 
+def test_a_home_is_found_where_no_shell_has_written_it_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    source = Texts(make_text(9))
+    home = prepare(source, tokenizer=Pretrained("~/base"), cache=tmp_path / "cache")
+    whole = prepare(source, tokenizer=Pretrained(str(base)), cache=tmp_path / "cache")
+    assert home.facts == whole.facts
+
+
 def test_another_tokenizer_under_the_same_name_is_another_corpus(
     base: Path, tmp_path: Path
 ) -> None:
