@@ -71,9 +71,16 @@ def ask(gate: DampingGate, signal: StepSignal) -> Answer:
         )
     explain = getattr(gate, "explain", None)
     try:
-        return Answer(answer, {} if explain is None else dict(explain()))
+        explained: dict[str, Any] = {} if explain is None else dict(explain())
     except Exception as error:
         raise PluginError(f"could not explain step {signal.step}: {error!r}") from error
+    for name, value in explained.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise PluginError(
+                f"explained {name!r} by {what} at step {signal.step}; it must be a 0-d tensor"
+            )
+    return Answer(answer, explained)
 
 
 class Factors:

@@ -245,6 +245,22 @@ def test_an_explanation_that_fails_is_named() -> None:
         optimizer.step(loss=torch.tensor(1.0))
 
 
+@pytest.mark.parametrize(("why", "what"), [(torch.ones(3), r"\(3,\)"), (0.5, "float")])
+def test_an_explanation_that_is_no_number_on_the_device_is_named_before_the_step(
+    why: Any, what: str
+) -> None:
+    class Wordy(SurpriseGate):
+        def explain(self) -> dict[str, Any]:
+            return {"why": why}
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = DampedOptimizer(torch.optim.SGD([weight], lr=1.0), {"wordy": Wordy()})
+    weight.grad = torch.ones(3)
+    with pytest.raises(PluginError, match=f"'wordy' explained 'why' by {what} at step 0; it must"):
+        optimizer.step(loss=torch.tensor(1.0))
+    assert torch.equal(weight, torch.ones(3))
+
+
 def turned(gate: EntropyGuard, losses: list[float], alignment: float) -> list[float]:
     return [float(gate(signal_of(i, v, alignment))) for i, v in enumerate(losses)]
 
