@@ -113,6 +113,30 @@ class ActsNowhere(Half):
     acts_on = "learning rate"
 
 
+class SaysNumbers(Half):
+    def explain(self) -> Any:
+        return {"seen": 3.0}
+
+
+class SaysVectors(Half):
+    def explain(self) -> Any:
+        return {"seen": self.seen.expand(2)}
+
+
+class SaysLate(Half):
+    def explain(self) -> Any:
+        return {"seen": self.seen, "sum": torch.tensor(self.seen.item())}
+
+
+class SaysAnother(Half):
+    def __call__(self, signal: StepSignal) -> Any:
+        self.step = signal.step
+        return super().__call__(signal)
+
+    def explain(self) -> Any:
+        return {"early" if self.step < 50 else "late": self.seen}
+
+
 def test_a_good_gate_passes() -> None:
     check_gate(Half)
 
@@ -137,6 +161,10 @@ def test_a_good_gate_passes() -> None:
         (Hoards, r"memory must not grow .* \d+ numbers after step 5000 and \d+ after step 10000"),
         (KeepsObjects, r"state_dict must hold .* at step \d+: /where holds a set"),
         (ActsNowhere, r"acts_on must be 'gradient' or 'step', not 'learning rate'"),
+        (SaysNumbers, r"explain must return 0-d tensors; at step 0 .seen. is 3.0"),
+        (SaysVectors, r"explain must return 0-d tensors; at step 0 .seen. is tensor"),
+        (SaysLate, r"explain must not wait for the device; at step 0 it calls _local_scalar_dense"),
+        (SaysAnother, r"must stay the same; at step 50 it is \[.late.\], not \[.early.\]"),
     ],
 )
 def test_a_broken_rule_is_named(gate: type[Half], message: str) -> None:

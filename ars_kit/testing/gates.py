@@ -42,7 +42,8 @@ def check_gate(
     Raises:
         ConformanceError: the first rule broken: declares where it acts, 0-d factors in [0, 1],
             bounded state, exact resume (also through the checkpoint format and
-            ``torch.load(weights_only=True)``), determinism, no synchronisation on CUDA.
+            ``torch.load(weights_only=True)``), determinism, no waiting for the device, and
+            explanations that are 0-d tensors under the same names each time.
     """
     steps = 1_000_000 if thorough else steps
     _check_declaration(make())
@@ -50,6 +51,7 @@ def check_gate(
     _check_resume(make, seed)
     _check_determinism(make, seed)
     _check_no_wait(make(), seed)
+    _check_explanations(make(), seed)
     if torch.cuda.is_available():
         _check_no_sync(make(), seed)
 
@@ -272,6 +274,33 @@ def _check_no_wait(gate: DampingGate, seed: int) -> None:
                 "a gate must not wait for the device (item(), tolist(), if tensor:); at step "
                 f"{signal.step} it calls {watch.found}"
             )
+
+
+def _check_explanations(gate: DampingGate, seed: int) -> None:
+    explain = getattr(gate, "explain", None)
+    if explain is None:
+        return
+    names: set[str] | None = None
+    for signal in loss_sequences(200, seed + 4):
+        gate(signal)
+        with watching() as watch:
+            found = dict(explain())
+        if watch.found:
+            raise ConformanceError(
+                f"explain must not wait for the device; at step {signal.step} it calls "
+                f"{watch.found}"
+            )
+        for name, value in found.items():
+            if not isinstance(value, Tensor) or value.ndim:
+                raise ConformanceError(
+                    f"explain must return 0-d tensors; at step {signal.step} {name!r} is {value!r}"
+                )
+        if names is not None and names != found.keys():
+            raise ConformanceError(
+                f"what explain names must stay the same; at step {signal.step} it is "
+                f"{sorted(found)}, not {sorted(names)}"
+            )
+        names = set(found)
 
 
 def _check_no_sync(gate: DampingGate, seed: int) -> None:
