@@ -73,7 +73,9 @@ class Teaching:
         try:
             with counting() as account:
                 found: Any = self.loss(lesson)
-        except Exception as error:
+        except torch.OutOfMemoryError:  # of the batch as it is divided now
+            raise
+        except (Exception, SystemExit) as error:
             raise self._broke(f"its loss failed at step {step}: {error!r}") from error
         if not isinstance(found, Tensor) or found.ndim:
             what = type(found).__name__ if not isinstance(found, Tensor) else str(found.shape)
@@ -91,7 +93,9 @@ class Teaching:
         try:
             with torch.no_grad(), counting() as account:
                 self.on_step(step + 1, self.weights)
-        except Exception as error:
+        except torch.OutOfMemoryError:  # the device's affair
+            raise
+        except (Exception, SystemExit) as error:
             raise self._broke(f"its on_step failed at step {step}: {error!r}") from error
         return account.flops
 

@@ -17,6 +17,7 @@ from ars_kit.host import Host
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.runs import execute
+from ars_kit_plugins.distillation import TaughtLoss
 
 WHOLE = memory.whole_loss
 
@@ -117,6 +118,24 @@ def test_a_run_that_was_killed_goes_on_with_it(run: Runs) -> None:
     assert not lines
     assert [m["accumulation"] for m in metrics] == [4, 4]
     assert losses(out, "d2") == losses(whole, "d2")
+
+
+def test_a_loss_of_a_strategy_s_own_that_does_not_fit_is_read_in_smaller_parts_too(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TaughtLoss.__call__
+
+    def loss(self: TaughtLoss, lesson: Any) -> Any:
+        if len(lesson.inputs) > 4:
+            raise torch.OutOfMemoryError
+        return whole(self, lesson)
+
+    monkeypatch.setattr(TaughtLoss, "__call__", loss)
+    metrics, _, lines = run("taught", Device(8), strategy="distill")
+    assert [m["accumulation"] for m in metrics] == [1, 2]
+    assert lines == [
+        "d3: cpu ran out of memory at step 0; goes on with --accumulation 2, 4 sequences at a time"
+    ]
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run(run: Runs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -391,6 +392,10 @@ def fails(*_: Any) -> Any:
     raise KeyError("x")
 
 
+def leaves(*_: Any) -> Any:
+    sys.exit(9)
+
+
 class Raises(Wrapped):
     def inherit(self, parent: Any, birth: Any) -> Any:
         raise KeyError(birth.name)
@@ -491,6 +496,8 @@ def test_a_loss_of_one_s_own_is_minimised_and_paid_for(
 
 
 def test_on_step_changes_weights_after_each_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        (broken(loss=leaves), "its loss failed at step 0: SystemExit(9)"),
+        (broken(on_step=leaves), "its on_step failed at step 0: SystemExit(9)"),
     seen: list[int] = []
 
     def on_step(done: int, weights: Mapping[str, torch.Tensor]) -> None:
