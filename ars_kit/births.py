@@ -127,18 +127,21 @@ def bear(cradle: Cradle, member: MemberPlan) -> Newborn:
     with counting() as account:
         seed = ask(cradle.host, cradle.strategy_name, cradle.strategy, parent, birth)
         plant(model, seed.weights, cradle.who, member.name)
-    _check_terms(cradle, member, seed, fresh)
-    change = _check_promise(cradle, member, seed, parent_model, model)
     shapes = {name: tensor.shape for name, tensor in fresh.items()}
     opt_state = None
     # Moments are of whole weights, and with adapters those do not move.
     whole = cradle.plan.settings.train.trainable == WHOLE
-    if whole and seed.opt_state == "derive" and parent.opt_state:
-        opt_state = derive_opt_state(parent.opt_state, seed.provenance, shapes)
+    said = f"in what its seed says of {member.name}"
+    with cradle.host.blaming("strategies", cradle.strategy_name, said):
+        _check_terms(cradle, member, seed, fresh)
+        share = inherited_share(seed.provenance, shapes)
+        if whole and seed.opt_state == "derive" and parent.opt_state:
+            opt_state = derive_opt_state(parent.opt_state, seed.provenance, shapes)
+    change = _check_promise(cradle, member, seed, parent_model, model)
     facts |= {
         "preserves": seed.preserves,
         "birth_logits_difference": change,
-        "inherited_share": inherited_share(seed.provenance, shapes),
+        "inherited_share": share,
         "optimizer_state": "carried" if opt_state else "fresh",
         "phase": parent.phase,
         "replay": seed.replay if member.before else 0.0,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
 
@@ -25,7 +25,7 @@ from ars_kit.outcome import FROZEN, read_metrics
 from ars_kit.readying import asides, ready
 from ars_kit.report import model_card
 from ars_kit.roster import bad_name
-from ars_kit.spec import Assessment, Finishing
+from ars_kit.spec import Assessment, Blend, Finishing
 from ars_kit.states import HISTORY
 from ars_kit.store import RunFolder
 from ars_kit.train import seed_everything, train_member
@@ -151,6 +151,8 @@ def blend(family: Family) -> list[dict[str, Any]]:
     with family.host.blaming("strategies", cradle.strategy_name, "finishing the family"):
         blends = list(cradle.strategy.finish(cooled))
     for made in blends:
+        if not isinstance(cast("Any", made), Blend):
+            raise PluginError(f"{cradle.who} finished with a {type(made).__name__}, no Blend")
         taken = [*names, *(m["model_id"] for m in found)]
         if made.name in taken or not made.sources or not {*made.sources} <= {*names}:
             raise PluginError(

@@ -22,7 +22,7 @@ from ars_kit.births import EXACT, ask, exactness
 from ars_kit.durable import commit_directory, disk_errors, make_directory
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host
-from ars_kit.inherit import inherited_share
+from ars_kit.inherit import inherited_share, objection
 from ars_kit.members import member_config
 from ars_kit.models import TOKENIZER_FILES, count_parameters, load_base_config
 from ars_kit.outcome import FROZEN
@@ -120,7 +120,7 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
     own = load_base_config(str(source))
     strategy: InheritanceStrategy = growth.host.make("strategies", growth.choice)
     with growth.host.blaming("strategies", growth.choice.name, "asked what it supports"):
-        reason = strategy.supports(own, config)
+        reason = objection(strategy, own, config)
     if reason:
         raise ConfigError(f"{source} cannot grow to that shape: {reason}")
     if target.exists() or target.is_symlink():
@@ -135,7 +135,11 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
     )
     parent = Parent(source.name, own, weights)
     seed = ask(growth.host, growth.choice.name, strategy, parent, birth)
-    _require_names(growth, seed.weights, birth.fresh)
+    shapes = {name: like(birth.fresh, name).shape for name in birth.fresh}
+    said = f"in what its seed says of {target.name}"
+    with growth.host.blaming("strategies", growth.choice.name, said):
+        _require_names(growth, seed.weights, birth.fresh)
+        share = inherited_share(seed.provenance, shapes)
     facts: dict[str, Any] = {
         "source": str(source),
         "target": str(target),
@@ -145,9 +149,7 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
         "layers": [own.num_hidden_layers, config.num_hidden_layers],
         "width": [own.hidden_size, config.hidden_size],
         "parameters": [count_parameters(own), count_parameters(config)],
-        "inherited_share": inherited_share(
-            seed.provenance, {n: like(birth.fresh, n).shape for n in birth.fresh}
-        ),
+        "inherited_share": share,
         "preserves": seed.preserves,
         "note": seed.note,
     }

@@ -50,6 +50,20 @@ def descents(
     return found
 
 
+def objection(
+    strategy: InheritanceStrategy, parent: PretrainedConfig, child: PretrainedConfig
+) -> str | None:
+    """Return why a strategy cannot have a child of a parent, or None if it can.
+
+    Raises:
+        TypeError: it answers neither.
+    """
+    reason: Any = strategy.supports(parent, child)
+    if not isinstance(reason, str | None):
+        raise TypeError(f"supports must return None, or the reason in words, not {reason!r}")
+    return reason
+
+
 def broken_term(seed: Seed) -> tuple[str, str] | None:
     """Return the first of a seed's terms that is out of range: what it must be, and what it is."""
 

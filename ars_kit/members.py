@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ars_kit.adapters import Share, foreseen_share, require_peft, wider
 from ars_kit.errors import ConfigError
 from ars_kit.host import Host
-from ars_kit.inherit import descents
+from ars_kit.inherit import descents, objection
 from ars_kit.lora import WHOLE, parse_trainable
 from ars_kit.models import count_parameters, flops_per_token, load_base_config
 from ars_kit.roster import Member, parse_roster
@@ -99,7 +99,7 @@ def plan_members(settings: Settings, host: Host) -> tuple[MemberPlan, ...]:
         parent = None if d.parent is None else found[d.parent]
         origin = parent.config if parent else (load_base_config(base) if base else None)
         with host.blaming("strategies", choice.name, "asked what it supports"):
-            reason = strategy.supports(origin, config) if origin is not None else None
+            reason = None if origin is None else objection(strategy, origin, config)
         if reason:
             raise ConfigError(f"{member.name} cannot inherit: {reason}")
         limit = getattr(config, "max_position_embeddings", context)

@@ -22,7 +22,7 @@ from ars_kit.lineage import lineage_text, read_lineage, verify
 from ars_kit.models import flops_per_token, load_member, logits_difference
 from ars_kit.records import read_run
 from ars_kit.schedule import stable_steps
-from ars_kit.spec import Descent, Lesson, Offer, hookimpl
+from ars_kit.spec import Block, Descent, Lesson, Offer, hookimpl
 from ars_kit.states import States
 from ars_kit.store import RunFolder
 
@@ -430,6 +430,35 @@ class MovesTheDecay(Wrapped):
         return replace(super().inherit(parent, birth), decay_fraction=0.5)
 
 
+class SaysYes(Wrapped):
+    def supports(self, parent: Any, child: Any) -> Any:
+        return True
+
+
+class Astray(Wrapped):
+    """Says of every tensor that it came from a place beyond its end."""
+
+    def inherit(self, parent: Any, birth: Any) -> Any:
+        seed = super().inherit(parent, birth)
+        beyond = tuple((0, 10**6, 1) for _ in birth.fresh["model.norm.weight"].shape)
+        name = "model.norm.weight"
+        far = Block(name, ((0, 2, 1),), beyond)
+        return replace(seed, opt_state="derive", provenance={**seed.provenance, name: [far]})
+
+
+class Unnamed(Wrapped):
+    def inherit(self, parent: Any, birth: Any) -> Any:
+        seed = super().inherit(parent, birth)
+        (block,) = seed.provenance["model.norm.weight"]
+        told = {**seed.provenance, "model.gone.weight": [block]}
+        return replace(seed, opt_state="derive", provenance=told)
+
+
+class NoBlend(Wrapped):
+    def finish(self, members: Any) -> Any:
+        return [members[-1].weights]
+
+
 class Renames(Wrapped):
     def finish(self, members: Any) -> Any:
         from ars_kit.spec import Blend
@@ -455,6 +484,11 @@ class Twice(Wrapped):
         (Backwards, "bears member 1 before its parent 0"),
         (Forgets, "bears members [0] of a family of 3"),
         (MovesTheDecay, "moved the decay of d3"),
+        (SaysYes, "supports must return None, or the reason in words, not True"),
+        (Astray, "(arskit-test 1) failed in what its seed says of d3: RuntimeError"),
+        (Unnamed, "(arskit-test 1) failed in what its seed says of d3: KeyError"),
+        (broken(hints=None), "(arskit-test 1) failed in what its seed says of d3: AttributeError"),
+        (NoBlend, "(arskit-test 1) finished with a LazyWeights, no Blend"),
         (Renames, "cannot make 'd2' of d4"),
         (Twice, "cannot make 'mix' of d4: there are d2, d3, d4, mix"),
         (broken(decay_fraction=-1.0), "bore d3 against the rules: a seed's decay_fraction must be"),
@@ -462,6 +496,8 @@ class Twice(Wrapped):
         (broken(loss=fails), "its loss failed at step 0: KeyError('x')"),
         (broken(loss=lambda lesson: 1.0), "must return a 0-d tensor; at step 0 it is float"),
         (broken(loss=lambda lesson: lesson.logits), "it is torch.Size([4, 32, 300])"),
+        (broken(loss=leaves), "its loss failed at step 0: SystemExit(9)"),
+        (broken(on_step=leaves), "its on_step failed at step 0: SystemExit(9)"),
         (broken(on_step=fails), "its on_step failed at step 0: KeyError('x')"),
     ],
 )
@@ -496,8 +532,6 @@ def test_a_loss_of_one_s_own_is_minimised_and_paid_for(
 
 
 def test_on_step_changes_weights_after_each_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        (broken(loss=leaves), "its loss failed at step 0: SystemExit(9)"),
-        (broken(on_step=leaves), "its on_step failed at step 0: SystemExit(9)"),
     seen: list[int] = []
 
     def on_step(done: int, weights: Mapping[str, torch.Tensor]) -> None:
