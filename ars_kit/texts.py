@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ars_kit.data import Corpus, prepare
+from ars_kit.errors import DataError
 from ars_kit.host import Host
 from ars_kit.plan import require_batch
 from ars_kit.roster import parse_roster
@@ -42,7 +43,10 @@ def open_texts(
     for text in (member.data for member in parse_roster(settings.family.members)):
         if text is not None and text not in found:
             beside = found.values()
-            found[text] = _prepared(text, spec, settings, host, cache, progress, beside=beside)
+            try:
+                found[text] = _prepared(text, spec, settings, host, cache, progress, beside=beside)
+            except DataError as error:
+                raise DataError(f"{text}, the text of a member: {error}") from error
     return found
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ars_kit.births import _windows
 from ars_kit.cli import cli
-from ars_kit.errors import ArsKitError, ConfigError
+from ars_kit.errors import ArsKitError, ConfigError, DataError
 from ars_kit.evaluating import evaluate
 from ars_kit.family import _judged
 from ars_kit.host import Host
@@ -299,6 +299,20 @@ def test_a_text_that_holds_documents_of_the_runs_is_divided_like_it(
         ["b"], host, out, cache, {"data.source": str(many)}, watcher=Silent(), fresh=True
     )
     assert found["heldout_loss"] == pytest.approx(metrics[1]["own_heldout_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("text", "why"), [("a\n", "too little text"), (" \n", "holds no text")])
+def test_a_member_s_text_that_is_too_little_is_named(
+    tmp_path: Path, text_folder: Path, cache: Path, text: str, why: str
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text(text)
+    flags = {
+        "family.members": f"a:num_hidden_layers=2; b:num_hidden_layers=2,data={own}",
+        "family.vocab_size": 300, "data.source": str(text_folder), "data.sequence_length": 32,
+    }  # fmt: skip
+    with pytest.raises(DataError, match=f"own.txt, the text of a member: .*{why}"):
+        open_texts(resolve(flags, {}), Host.installed(), cache)
 
 
 class Silent:
