@@ -117,6 +117,8 @@ def checked(answer: object) -> Assessment:
     for name, text in files.items():
         if not isinstance(text, str) or not _FILE.fullmatch(str(name)):
             raise TypeError(f"{name!r} is no text by file name")
+        if re.search("[\ud800-\udfff]", text):
+            raise TypeError(f"{name!r} holds a lone surrogate, which no file in UTF-8 can")
     for name, note in notes.items():
         if not isinstance(name, str) or not isinstance(note, str):
             raise TypeError(f"{name!r}: {note!r} is no note by name")

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ArsKitError, ConfigError, DataError
 from ars_kit.host import Host
+from ars_kit.judge import checked
 from ars_kit.models import build
 from ars_kit.schema import parse_choice
 from ars_kit.shapes import embedded_config
@@ -410,3 +411,8 @@ def test_without_the_harness_the_extra_is_named(
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ArsKitError, match=r"pip install 'ars-kit\[lm-eval\]'"):
         judged("lm-eval:tasks=arc_easy", member)
+
+
+def test_text_that_no_file_can_hold_is_said_by_its_name() -> None:
+    with pytest.raises(TypeError, match=r"'a\.txt' holds a lone surrogate"):
+        checked(Assessment({}, {"a.txt": "a\ud800"}))
