@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ars_kit.causality import require_causal
 from ars_kit.data import Corpus, prepare
 from ars_kit.durable import directory_hash
 from ars_kit.errors import ArsKitError
@@ -24,7 +25,7 @@ from ars_kit.figures import device_name
 from ars_kit.host import Host
 from ars_kit.judge import joined, judge, judges_of, require_distinct
 from ars_kit.judgements import judgement_file, keep_judgement, named_files, read_judgement
-from ars_kit.models import load_member
+from ars_kit.models import load_base_config, load_member
 from ars_kit.outcome import FROZEN, kept_judgements, text_hashes
 from ars_kit.plan import pick_device
 from ars_kit.resolving import resolve
@@ -117,8 +118,8 @@ def evaluate(
         fresh: measure again what is in the cache.
 
     Raises:
-        ConfigError: there is none of that name, an evaluator's setting does not fit, or the device
-            is not here.
+        ConfigError: there is none of that name, it is no causal language model, an evaluator's
+            setting does not fit, or the device is not here.
         DataError: the text cannot be had, or is too little.
         IntegrityError: a member is damaged.
         PluginError: an evaluator failed.
@@ -137,6 +138,8 @@ def evaluate(
     for choice in choices:
         host.make("evaluators", choice)  # what does not fit is said before anything is loaded
     paths = [locate(name, out) for name in names]
+    for path in paths:
+        load_base_config(str(path.absolute()))  # what says itself that it is no decoder
     found = []
     for name, path in zip(names, paths, strict=True):
         label = path.name if name == "best" else name
@@ -166,7 +169,9 @@ def _judged(court: Court, label: str, path: Path, choices: Iterable[Choice]) -> 
         if part is None:
             court.watcher.judging(label, choice.name)
             if model is None:
-                model = load_member(path).to(court.device)  # type: ignore[arg-type]
+                model = load_member(path)
+                require_causal(str(path), model)
+                model.to(court.device)  # type: ignore[arg-type]
             part = judge(
                 court.host,
                 court.settings,

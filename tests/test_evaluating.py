@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import make_text
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 from ars_kit import durable, evaluating
 from ars_kit.cli import cli
@@ -179,6 +180,28 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
         judge(stranger, other, tmp_path, "blue")
     with pytest.raises(ConfigError, match="'speed' has no setting 'repeat'"):
         judge(stranger, other, tmp_path, "speed:repeat=3")
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (BertForMaskedLM, "no causal language model: it is a BertForMaskedLM"),
+        (BertLMHeadModel, "what it predicts changes with the tokens that come later"),
+    ],
+)
+def test_what_reads_ahead_is_not_judged(
+    stranger: Path, other: Path, tmp_path: Path, cls: Any, message: str
+) -> None:
+    """It has seen what it is asked for, and would be the best of all."""
+    model = Path(shutil.copytree(stranger, tmp_path / "model"))
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    cls(config).save_pretrained(model)
+    with pytest.raises(ConfigError, match=message):
+        judge(model, other, tmp_path)
+    assert not (tmp_path / "evaluations").exists()
 
 
 def test_of_a_text_that_was_trained_on_only_the_held_out_side_is_judged(
