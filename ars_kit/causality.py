@@ -52,16 +52,18 @@ def reads_ahead(model: PreTrainedModel) -> bool:
     """Whether what a model predicts after a text changes with the tokens that follow it.
 
     Args:
-        model: in eval mode. One that cannot compute where it is now is not judged.
+        model: in eval mode; its weights may be fetched as they are needed. One that cannot compute
+            where it is now is not judged.
     """
     size = int(model.config.get_text_config().vocab_size)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (1, READ + AHEAD), generator=draw)
     others = tokens.clone()
     others[:, READ:] = (tokens[:, READ:] + 1) % size
     try:
         before, after = (
-            model(input_ids=t.to(model.device), use_cache=False).logits[:, :READ].float()
+            model(input_ids=t.to(device), use_cache=False).logits[:, :READ].float()
             for t in (tokens, others)
         )
     except Exception:  # noqa: BLE001 -- a kernel that this device lacks, a type of its own

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ars_kit.births import EXACT, ask, exactness
+from ars_kit.causality import require_causal
 from ars_kit.durable import commit_directory, disk_errors, make_directory
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.host import Host
@@ -111,7 +112,8 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
     """Write the grown checkpoint; returns what is known of it, JSON-ready.
 
     Raises:
-        ConfigError: source or target cannot be used, or the shape cannot be had.
+        ConfigError: source or target cannot be used, the source is no causal language model, or the
+            shape cannot be had.
         PluginError: the strategy promised exactness and is not exact, with both numbers; or it
             failed. Nothing is left behind.
     """
@@ -126,6 +128,7 @@ def grow_checkpoint(growth: Growth) -> dict[str, Any]:
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} already exists; remove it, or choose another --into")
     weights = stored_weights(source, own)
+    require_causal(str(source), streamed_model(own, weights))
     dtype = max((t.dtype for t in weights.like.values()), key=lambda d: d.itemsize)
     birth = Birth(
         name=target.name,

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from conftest import Cli
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from ars_kit import stored
 from ars_kit.cli import cli
@@ -293,6 +293,22 @@ def test_bad_input_gets_one_line(
     assert message in complaint
     assert "\n" not in complaint
     assert everything(source.parent) == before
+
+
+def test_what_reads_ahead_does_not_grow_into_its_own_shape_either(
+    tmp_path: Path, call: Call
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    for name, both_ways in (("decoder", False), ("encoder", True)):
+        config = GemmaConfig(**sizes, use_bidirectional_attention=both_ways)
+        GemmaForCausalLM(config).save_pretrained(tmp_path / name)
+    assert call("decoder", "--to", "d1")[0] == 0
+    before = everything(tmp_path)
+    code, _, message = call("encoder", "--to", "d1")
+    assert (code, "tokens that come later" in message) == (3, True), message
+    assert everything(tmp_path) == before
 
 
 def test_any_number_is_a_seed(source: Path, call: Call) -> None:
