@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 from starlette.testclient import TestClient
+from transformers import BertConfig, BertLMHeadModel, GemmaConfig, GemmaForCausalLM
 
+from ars_kit.causality import NotCausalError
 from ars_kit.errors import PluginError
 from ars_kit.spec import Service
 from ars_kit_serving.app import create_app
@@ -36,6 +41,7 @@ import sys, time
 from pathlib import Path
 from ars_kit_serving.engines.child import Child
 import os
+import shutil
 child = Child("vLLM", sys.argv[2:], os.environ, Path(sys.argv[1]))
 time.sleep(60)
 """
@@ -247,3 +253,30 @@ def test_nothing_is_left_when_we_are_killed(stage: Stage) -> None:
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert until(lambda: not psutil.pid_exists(pid), 10)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "bert"])
+def test_what_reads_ahead_is_refused_before_anything_starts(
+    stage: Stage, tmp_path: Path, kind: str
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32,
+             "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    heads = {"num_key_value_heads": 1, "head_dim": 8, "use_bidirectional_attention": True}
+    model: Any = (
+        BertLMHeadModel(BertConfig(**sizes))
+        if kind == "bert"
+        else GemmaForCausalLM(GemmaConfig(**sizes, **heads))
+    )
+    model.save_pretrained(tmp_path / "both-ways")
+    stage.path = tmp_path / "both-ways"
+    with pytest.raises(NotCausalError, match="tokens that come later"):
+        stage.engine()
+    assert not stage.notes.with_suffix(".pid").exists()
+
+
+def test_weights_that_vllm_alone_may_know_are_left_to_it(stage: Stage, tmp_path: Path) -> None:
+    stage.path = Path(shutil.copytree(stage.path, tmp_path / "packed"))
+    save_file({"model.packed": torch.zeros(3)}, stage.path / "model.safetensors")
+    stage.relay()
+    assert psutil.pid_exists(stage.pid())

@@ -13,14 +13,17 @@ import socket
 import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from pydantic_core import from_json
 
+from ars_kit.causality import require_causal
 from ars_kit.errors import ConfigError, PluginError
 from ars_kit.models import load_base_config
 from ars_kit.spec import Service
+from ars_kit.stored import stored_weights, streamed_model
 from ars_kit_serving.engines.child import Child
 from ars_kit_serving.engines.context import context_of
 from ars_kit_serving.failures import ApiError, engine_dead
@@ -28,6 +31,9 @@ from ars_kit_serving.logs import LOGGER
 from ars_kit_serving.sampling import COLDEST, Drawn
 from ars_kit_serving.scheduling import Job, Step
 from ars_kit_serving.vllm_home import ON_A_CPU, SERVER, find_python, has_gpu
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -72,8 +78,8 @@ class VllmEngine:
         how: it is run.
 
     Raises:
-        ConfigError: vLLM is not found, a setting is wrong, or the context is larger than the
-            model's.
+        ConfigError: vLLM is not found, a setting is wrong, the context is larger than the model's,
+            or it is no causal language model.
         PluginError: it did not start, or cannot run the model.
     """
 
@@ -89,6 +95,7 @@ class VllmEngine:
         self._key = service.environment.get(KEY) or secrets.token_hex(16)
         self.url = f"http://127.0.0.1:{port}"
         python = find_python(service.environment)
+        _require_causal(service.path, config)
         environment = {k: v for k, v in service.environment.items() if k != "PYTHONPATH"}
         if device == "auto":
             device = "cuda" if has_gpu(environment) else "cpu"
@@ -185,6 +192,21 @@ class VllmEngine:
     def close(self) -> None:
         """Stop vLLM."""
         self.child.stop()
+
+
+def _require_causal(path: Path, config: PretrainedConfig) -> None:
+    """Refuse a model that reads ahead, with one of its modules in memory at a time.
+
+    What cannot be opened so, such as weights in a form that vLLM alone knows, is left to vLLM.
+
+    Raises:
+        NotCausalError: it does.
+    """
+    try:
+        model = streamed_model(config, stored_weights(path, config))
+    except Exception:  # noqa: BLE001 -- whatever transformers cannot make of it
+        return
+    require_causal(str(path), model)
 
 
 def body_of(job: Job) -> dict[str, Any]:
