@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ars_kit import charts, sections
@@ -32,22 +32,40 @@ from ars_kit.verdicts import RULE, checks
 REPORTS = ("report.md", "report.html")
 
 
-def write_report(out: Path, beside: Sequence[Path] = ()) -> list[Path]:
+def _nobody(line: str) -> None:
+    """Tell nobody."""
+
+
+def write_report(
+    out: Path, beside: Sequence[Path] = (), tell: Callable[[str], object] = _nobody
+) -> list[Path]:
     """Write both forms of the report into a run folder; returns where they are.
 
     Args:
         out: the run folder, finished or not.
         beside: other run folders that the report compares with, such as other seeds.
+        tell: told what is missing or damaged, and so left out, a line each.
 
     Raises:
         ConfigError: there is no run, or one beside it was judged on other text or is it again.
         IntegrityError: the lineage is damaged.
     """
-    page = build(read_run(out), [read_run(path) for path in beside])
+    runs = [read_run(path) for path in (out, *beside)]
+    for line in _problems(runs):
+        tell(line)
+    page = build(runs[0], runs[1:])
     folder = RunFolder(out)
     for name, text in zip(REPORTS, (as_markdown(page), as_html(page)), strict=True):
         folder.write_text(name, text)
     return [out / name for name in REPORTS]
+
+
+def _problems(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield what is missing or damaged in runs and their controls, named after the first's own."""
+    for run in runs:
+        for record in (run, *run.controls):
+            whose = "" if record is runs[0] else f"{record.label}: "
+            yield from (f"{whose}{problem}" for problem in record.problems)
 
 
 def build(run: RunRecord, beside: Sequence[RunRecord] = ()) -> Page:

@@ -245,6 +245,11 @@ def damage_history(out: Path) -> None:
     (out / "d3" / "history.jsonl").unlink()
 
 
+def tear_history(out: Path) -> None:
+    path = out / "d3" / "history.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
 def damage_curve(out: Path) -> None:
     path = out / "d3" / "heldout.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 1,', '"step": 7,'))
@@ -259,6 +264,7 @@ def damage_metrics(out: Path) -> None:
     ("damage", "said"),
     [
         (damage_history, "history.jsonl is missing; what follows from it is left out"),
+        (tear_history, "history.jsonl is not what was committed"),
         (damage_curve, "heldout.jsonl is not what was committed"),
         (damage_metrics, "metrics.json is not what was committed"),
     ],
@@ -271,10 +277,26 @@ def test_what_is_missing_or_damaged_is_named_and_left_out(
     assert done.exit_code == 0, done.output
     text = (copy / "report.md").read_text(encoding="utf-8")
     assert said in text
+    (line,) = [line for line in done.stderr.splitlines() if said in line]
+    assert "d3" in line
     row = next(line for line in text.splitlines() if line.startswith("| d3 | "))
     assert (row.count("| - ") > 5) == (damage is damage_metrics)
     assert "from d2, 0% inherited" not in text
     assert invoke("compare", str(copy)).exit_code == 0
+
+
+def test_a_line_that_is_garbled_while_a_member_trains_is_named_with_the_member(copy: Path) -> None:
+    home = copy / ".arskit" / "state" / "d4"
+    home.mkdir(parents=True)
+    first, *rest = (copy / "d4" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    (home / "history.jsonl").write_text("\n".join([first[:9], *rest, ""]), encoding="utf-8")
+    shutil.rmtree(copy / "d4")
+    (copy / "lineage.json").write_text(lineage_text(read_lineage(copy)[:2]), encoding="utf-8")
+    done = invoke("report", "--out", str(copy))
+    assert done.exit_code == 0, done.output
+    for said in (done.stderr, (copy / "report.md").read_text(encoding="utf-8")):
+        assert re.search(r"d4: .*history.jsonl, line 1 is damaged .*left out", said)
+    assert "no-growth: " not in done.stderr
 
 
 def test_the_commands_print_what_the_folder_says(controlled: Path) -> None:

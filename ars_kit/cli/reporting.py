@@ -63,7 +63,7 @@ def report(out: Path, beside: tuple[Path, ...], as_json: bool) -> None:
     """Write report.md and report.html of a run, finished or not."""
     from ars_kit.reporting import write_report
 
-    written = write_report(out, beside)
+    written = write_report(out, beside, lambda line: click.echo(line, err=True))
     if as_json:
         echo_json({"written": [str(path) for path in written]})
         return
