@@ -58,8 +58,10 @@ def ask(gate: DampingGate, signal: StepSignal) -> Answer:
     """
     answer: Any = gate(signal)
     if isinstance(answer, Tensor):
-        on_step = getattr(gate, "acts_on", "gradient") == "step"
-        answer = Damping(step=answer) if on_step else Damping(gradient=answer)
+        acts_on = getattr(gate, "acts_on", "gradient")
+        if acts_on not in ("gradient", "step"):
+            raise PluginError(f"says acts_on = {acts_on!r}; it must be 'gradient' or 'step'")
+        answer = Damping(step=answer) if acts_on == "step" else Damping(gradient=answer)
     wrong: list[object] = [answer]
     if isinstance(answer, Damping):
         wrong = list(answer)

@@ -234,6 +234,19 @@ def test_a_wrong_answer_is_named(answer: Any) -> None:
         train(DampedOptimizer(BASES["adamw"](task[0]), {"bad": Factor(answer)}), task, 1)
 
 
+def test_a_gate_that_acts_nowhere_is_named() -> None:
+    class Typo(Guard):
+        acts_on = "lr"
+
+        def __call__(self, signal: StepSignal) -> Any:
+            return torch.ones_like(signal.loss)
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = DampedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), {"typo": Typo()})
+    with pytest.raises(PluginError, match="'typo' says acts_on = 'lr'; it must be 'gradient' or"):
+        optimizer.step(loss=torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("factor", [float("nan"), -0.1, 1.5])
 def test_a_factor_out_of_range_is_surfaced(factor: float) -> None:
     task = problem()
