@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,12 @@ from ars_kit.store import BEST, CONTROLS, RunFolder
 CONTROL_RECORD = "control.json"
 PLAN_RECORD = "plan.json"
 SAMPLES = "quality/samples.json"
+
+NEEDED: Mapping[str, Sequence[str]] = {
+    HISTORY: ("loss", "gradient", "step_size", "skipped"),
+    CURVE: ("loss", "flops", "seconds", "judged_tokens", "judging_seconds", "judging_flops"),
+}
+"""What a report takes from each row of a record, beside its step."""
 
 State = Literal["done", "training", "waiting"]
 Row = Mapping[str, Any]
@@ -230,10 +236,18 @@ def _rows(
         problems.append(f"{member}: {problem}; what follows from it is left out")
         return ()
     try:
-        return tuple(read_history(path))
+        rows = read_history(path)
     except (IntegrityError, OSError) as error:
         problems.append(f"{member}: {error}; what follows from it is left out")
         return ()
+    for number, row in enumerate(rows, start=1):
+        if lacking := [key for key in NEEDED[name] if key not in row]:
+            problems.append(
+                f"{member}: {path}, line {number} is damaged (it lacks {lacking[0]!r}); what "
+                "follows from it is left out"
+            )
+            return ()
+    return tuple(rows)
 
 
 def _samples(

@@ -285,11 +285,14 @@ def test_what_is_missing_or_damaged_is_named_and_left_out(
     assert invoke("compare", str(copy)).exit_code == 0
 
 
-def test_a_line_that_is_garbled_while_a_member_trains_is_named_with_the_member(copy: Path) -> None:
+@pytest.mark.parametrize("garbled", ['{"step": 0,', '{"step": 0}'])
+def test_a_line_that_is_garbled_while_a_member_trains_is_named_with_the_member(
+    copy: Path, garbled: str
+) -> None:
     home = copy / ".arskit" / "state" / "d4"
     home.mkdir(parents=True)
-    first, *rest = (copy / "d4" / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    (home / "history.jsonl").write_text("\n".join([first[:9], *rest, ""]), encoding="utf-8")
+    _, *rest = (copy / "d4" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    (home / "history.jsonl").write_text("\n".join([garbled, *rest, ""]), encoding="utf-8")
     shutil.rmtree(copy / "d4")
     (copy / "lineage.json").write_text(lineage_text(read_lineage(copy)[:2]), encoding="utf-8")
     done = invoke("report", "--out", str(copy))
