@@ -61,7 +61,7 @@ soak: $(VENV)/.installed-dev
 
 # After arskit serve --setup-vllm.
 vllm-bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/serving.py --size 2M --engine vllm --alone \
+	$(BIN)/python benchmarks/serving.py --size 2M --size 55M --engine vllm --alone \
 		--json benchmarks/results/serving_vllm.json
 
 # From nothing: sets vLLM up (minutes, gigabytes), serves with it, asks, kills it. With
