@@ -26,7 +26,8 @@ def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "run")
     made.create()
     made.write_text(outcome.FROZEN, to_toml(resolve({"family.members": "d2..d3"}, {}, None)))
-    made.states("d2").append([{"step": i, "loss": 3.0} for i in range(20)])
+    taken = {"loss": 3.0, "gradient": 1.0, "step_size": 1.0, "skipped": False}
+    made.states("d2").append([{"step": i, **taken} for i in range(20)])
     return made
 
 
