@@ -62,10 +62,8 @@ def reads_ahead(model: PreTrainedModel) -> bool:
     others = tokens.clone()
     others[:, READ:] = (tokens[:, READ:] + 1) % size
     try:
-        before, after = (
-            model(input_ids=t.to(device), use_cache=False).logits[:, :READ].float()
-            for t in (tokens, others)
-        )
+        both = torch.cat([tokens, others]).to(device)  # at once: weights may come from a disk
+        before, after = model(input_ids=both, use_cache=False).logits[:, :READ].float()
     except Exception:  # noqa: BLE001 -- a kernel that this device lacks, a type of its own
         return False
     bound = max(BOUND, 16 * torch.finfo(model.dtype).eps) * before.abs().max()
