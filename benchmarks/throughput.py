@@ -1,12 +1,14 @@
-"""Tokens a second: arskit's loop, a bare PyTorch loop and the Trainer of transformers, in turns.
+"""Tokens a second: arskit's loop, bare PyTorch loops, the Trainer's and one over Fabric, in turns.
 
 All train copies of one model on the same batches with the same fused AdamW, step by step in turns
 within one process, each in a thread of its own, without saving. arskit's has every gate of ARS
-besides, its history and its meter; the Trainer runs twice, without clipping and clipping as it does
-unless told otherwise. What counts is each round's ratio to the bare loop, and of the Trainer's to
-arskit's. On a CPU the process keeps the memory that a step frees, as one of arskit's does. On one
-thread of a CPU the clock is the process's own time, which neighbours on a shared machine do not
-stretch; with more threads, or on a GPU, it is the wall's.
+besides, its history and its meter. The Trainer of transformers runs twice, without clipping and
+clipping as it does unless told otherwise. One bare loop reads each loss, as nanochat's does; the
+one over Lightning Fabric clips and keeps a running mean of the loss, as litgpt's does. What counts
+is each round's ratio to the bare loop, and of the others' to arskit's. On a CPU the process keeps
+the memory that a step frees, as one of arskit's does. On one thread of a CPU the clock is the
+process's own time, which neighbours on a shared machine do not stretch; with more threads, or on a
+GPU, it is the wall's.
 
 Where a step's time goes is measured apart, with a clock around each part (and on a GPU a wait, so
 that these parts do not add up to a step of the timed rounds).
@@ -30,6 +32,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from fabric_loop import fabric_loop
 from loops import Loop, alone, bare_loop, our_job, our_loop, trainer_loop, wait
 
 from ars_kit.heap import keep_freed_memory
@@ -49,6 +52,8 @@ CLIP = 1.0
 """The gradient norm that the Trainer clips at unless it is told otherwise."""
 SAME = 0.2
 """Share of the way that two loops' weights may lie apart: rounding, which training amplifies."""
+ALIKE = (("bare", "trainer"), ("bare", "bare, each loss read"), ("trainer+clip", "fabric+clip"))
+"""Loops that end at the same weights if they do the same work."""
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "4090": 165e12}
 """Dense bfloat16 FLOPs a second by what a device's name holds, from the vendor's data sheets."""
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936}
@@ -128,11 +133,16 @@ def compare(
             "arskit": alone(our_loop(job, stack, compiling=settings.train.compile)),
             "trainer": trainer_loop(plan, batches, steps, Path(scratch)),
             "trainer+clip": trainer_loop(plan, batches, steps, Path(scratch), clip=CLIP),
+            "bare, each loss read": alone(bare_loop(plan, batches, steps, log_every=1)),
+            "fabric+clip": alone(fabric_loop(plan, batches, steps, clip=CLIP)),
         }
         device = torch.device(plan.device)
         clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
         seconds = _timed(loops, rounds, block, clock)
-        apart = _apart(plan, loops["bare"].model, loops["trainer"].model)
+        apart = {
+            f"{a} and {b}": _apart(plan, loops[a].model, loops[b].model, f"{a} and {b}")
+            for a, b in ALIKE
+        }
         parts = breakdown(job, (rounds + 1) * block, block)
     tokens = batch * length
     flops = flops_per_token(member.config, length) * tokens
@@ -145,15 +155,16 @@ def compare(
         "precision": plan.precision,
         "compile": settings.train.compile,
         "clock": clock.__name__,
-        "trainer_differs_by": apart,
+        "apart": apart,
         "loops": {n: _figures(seconds, n, tokens, flops, device) for n in loops},
         "trainer_over_arskit": _ratio(seconds["trainer"], seconds["arskit"]),
         "clipping_trainer_over_arskit": _ratio(seconds["trainer+clip"], seconds["arskit"]),
+        "fabric_over_arskit": _ratio(seconds["fabric+clip"], seconds["arskit"]),
         "parts": parts,
     }
 
 
-def _apart(plan: RunPlan, one: Any, other: Any) -> float:
+def _apart(plan: RunPlan, one: Any, other: Any, names: str) -> float:
     """Return how far apart two loops' weights are, as a share of how far one has moved.
 
     Raises:
@@ -165,7 +176,7 @@ def _apart(plan: RunPlan, one: Any, other: Any) -> float:
     apart = sum(float((mine[n] - theirs[n]).square().sum()) for n in first)
     share = (apart / moved) ** 0.5
     if share > SAME:
-        raise SystemExit(f"the Trainer did other work than the bare loop: {share:.1%} apart")
+        raise SystemExit(f"{names} did not do the same work: {share:.1%} apart")
     return share
 
 
@@ -257,12 +268,13 @@ def bars(sizes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for s in sizes:
         bare, plain = s["loops"]["arskit"], s["trainer_over_arskit"]
-        clipping = s["clipping_trainer_over_arskit"]
+        clipping, fabric = s["clipping_trainer_over_arskit"], s["fabric_over_arskit"]
         at = f"{s['size']} on {s['device']}"
         for claim, met, r in (
             ("within 3 % of the bare loop", bare["ratio"] <= WITHIN_BARE, bare),
             ("as fast as the Trainer as it comes", clipping["ratio"] >= WITHIN_TRAINER, clipping),
             ("as fast as it without clipping", plain["ratio"] >= WITHIN_TRAINER, plain),
+            ("as fast as a loop over Fabric", fabric["ratio"] >= WITHIN_TRAINER, fabric),
         ):
             figures = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
             found.append({"claim": f"{at}: {claim}", "met": met, "figures": figures})
