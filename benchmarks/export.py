@@ -36,6 +36,7 @@ from ars_kit_serving.parity import JUDGED, compare
 FORMATS: dict[str, Callable[[], Exporter]] = {
     "onnx": OnnxExporter,
     "genai": GenaiExporter,
+    "genai:precision=int8": lambda: GenaiExporter(precision="int8"),
     "genai:precision=int4": lambda: GenaiExporter(precision="int4"),
 }
 EAGER = "transformers, eager"

@@ -494,12 +494,22 @@ def test_qwen3_stays_within_the_bound_of_its_precision(
     assert {node.type.tensor_type.elem_type for node in fed} == {kind}
 
 
+def test_weights_in_eight_bits_are_judged_by_the_loss(checkpoint: Path, tmp_path: Path) -> None:
+    facts = export(checkpoint, tmp_path / "out", Choice("genai", {"precision": "int8"}))
+    assert 0 < abs(facts["loss"] - facts["loss_of_the_model"]) <= 0.05
+    assert facts["agreement"] >= facts["allowed_agreement"] == 0.9
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    rounded = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert {a.i for node in rounded for a in node.attribute if a.name == "bits"} == {8}
+    assert "MatMul" not in {node.op_type for node in graph.node}
+
+
 @pytest.mark.parametrize(
     ("form", "offered"),
     [
         ("onnx:precision=bf16", "fp32, fp16"),
-        ("genai:precision=fp16", "fp32, int4"),
-        ("genai:precision=bf16", "fp32, int4"),
+        ("genai:precision=fp16", "fp32, int8, int4"),
+        ("genai:precision=bf16", "fp32, int8, int4"),
     ],
 )
 def test_a_precision_that_the_target_cannot_run_is_refused_before_anything_is_made(

@@ -18,11 +18,11 @@ def onnx(*, precision: Literal["fp32", "fp16"] = "fp32") -> Exporter:
     return OnnxExporter(precision=precision)
 
 
-def genai(*, precision: Literal["fp32", "int4"] = "fp32") -> Exporter:
+def genai(*, precision: Literal["fp32", "int8", "int4"] = "fp32") -> Exporter:
     """Write a directory for onnxruntime-genai, the fastest on a CPU.
 
     Args:
-        precision: of the weights; int4 rounds, and is judged by what that does to the loss.
+        precision: of the weights; int8 and int4 round, and are judged by what it does to the loss.
     """
     from ars_kit_serving.genai import GenaiExporter  # noqa: PLC0415 -- onnxruntime is slow
 

@@ -26,7 +26,7 @@ HEAD = 16
 class GenaiExporter:
     """A directory for onnxruntime-genai: ``model.onnx``, ``genai_config.json``, tokenizer."""
 
-    def __init__(self, *, precision: Literal["fp32", "int4"] = "fp32") -> None:
+    def __init__(self, *, precision: Literal["fp32", "int8", "int4"] = "fp32") -> None:
         self.precision = precision
         self.tolerance: float | None = TOLERANCE if precision == "fp32" else None
 

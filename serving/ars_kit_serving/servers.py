@@ -25,12 +25,12 @@ def transformers(
     return EagerEngine(service, device=device, dtype=dtype)
 
 
-def genai(service: Service, *, precision: Literal["fp32", "int4"] = "fp32") -> Engine:
+def genai(service: Service, *, precision: Literal["fp32", "int8", "int4"] = "fp32") -> Engine:
     """Export once with onnxruntime-genai's builder, and run that in ONNX Runtime: fastest on a CPU.
 
     Args:
         service: what to serve.
-        precision: of the weights.
+        precision: of the weights; int8 and int4 round.
     """
     from ars_kit_serving.derived import derived_engine  # noqa: PLC0415 -- torch is slow
     from ars_kit_serving.genai import GenaiExporter  # noqa: PLC0415 -- onnxruntime is slow
