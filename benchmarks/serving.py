@@ -9,6 +9,9 @@ other tokens. Medians over the clients of a round, then over rounds.
 ``--engine vllm`` also measures the vLLM behind the server, asked directly: what the way through the
 server costs. ``--alone`` leaves ``transformers serve`` and ``generate()`` out.
 
+Beside them stand the products with the model's matrices alone: what any server would take that
+keeps the arithmetic and computes nothing else.
+
 A server that runs already is measured too: ``--also vllm=http://127.0.0.1:9000/v1=MODEL``.
 """
 
@@ -31,6 +34,7 @@ import torch
 from speed.checkpoints import SHAPES, prompts, tokens_of, train, write_checkpoint
 from speed.clients import Load, measure
 from speed.figures import facts, spread
+from speed.matrices import Matrices
 from speed.servers import (
     DIRECT,
     PROXY,
@@ -44,7 +48,7 @@ from speed.servers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GENERATE = "generate()"
+GENERATE, MATRICES = "generate()", "the matrices alone"
 DEFAULT = "arskit serve, genai"
 """What ``auto`` chooses for these checkpoints."""
 ROUNDED = f"{DEFAULT}:precision=int4"
@@ -107,6 +111,7 @@ class Eager:
     def __init__(self, checkpoint: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        self.matrices = Matrices(self.model, self.tokenizer, torch.get_num_threads())
 
     def measure(self, load: Load) -> dict[str, float | None]:
         """Return tokens a second, and a CPU-second."""
@@ -131,6 +136,8 @@ def rounds(servers: Sequence[Server], eager: Eager | None, size: Size) -> Cells:
     texts = prompts(max(size.requests.values()), size.letters)
     loads = [Load(n, count, size.tokens, texts) for n, count in size.requests.items()]
     ways: dict[str, Any] = {s.name: lambda load, s=s: measure(s, load) for s in servers}
+    if eager:
+        ways[MATRICES] = eager.matrices.measure
     cells: Cells = {}
     single = {**ways, GENERATE: eager.measure} if eager else ways
     for way in single.values():  # warm, and not timed
@@ -222,6 +229,10 @@ def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
             continue
         found = spread(ratios(mine, peer))
         text = f"{found['median']:.1f} ({found['lowest']:.1f} to {found['highest']:.1f})"
+        if name == DEFAULT and (bound := cells.get((MATRICES, bar.clients))):
+            most = spread(ratios(bound, peer))
+            text += f"; {MATRICES}: {most['median']:.1f} ({most['lowest']:.1f} to "
+            text += f"{most['highest']:.1f})"
         judged.append({"claim": claim, "met": found["median"] >= bar.ratio, "figures": text})
     return judged
 

@@ -360,6 +360,8 @@ def test_the_serving_benchmark_measures_every_server(tmp_path: Path) -> None:
         ("transformers serve", 1),
         ("transformers serve", 2),
         ("generate()", 1),
+        ("the matrices alone", 1),
+        ("the matrices alone", 2),
     }
     for row in found["rows"]:
         assert row["tokens_per_second"]["median"] > 0
@@ -387,7 +389,7 @@ def test_the_way_to_vllm_is_judged_against_vllm_itself_round_by_round() -> None:
 
 
 def test_the_bars_of_serving_are_judged_round_by_round() -> None:
-    from serving import DEFAULT, GENERATE, TRANSFORMERS, judge
+    from serving import DEFAULT, GENERATE, MATRICES, TRANSFORMERS, judge
 
     def rounds(*speeds: float) -> list[dict[str, float | None]]:
         return [{"tokens_per_second": speed} for speed in speeds]
@@ -402,6 +404,40 @@ def test_the_bars_of_serving_are_judged_round_by_round() -> None:
     assert (first["met"], first["figures"]) == (True, "3.0 (3.0 to 5.0)")
     assert (second["met"], second["figures"]) == (False, "4.5 (4.0 to 5.0)")
     assert judge({}, "x")[0]["met"] is None
+    cells[MATRICES, 1] = rounds(50, 66, 72)
+    second = judge(cells, "x")[1]
+    assert second["figures"] == "4.5 (4.0 to 5.0); the matrices alone: 6.0 (5.0 to 6.0)"
+
+
+def test_the_matrices_alone_are_all_of_a_model_s_and_the_last_sees_the_ends_of_prompts() -> None:
+    from speed.clients import Load
+    from speed.matrices import Matrices
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, num_hidden_layers=2))
+
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+    alone = Matrices(model, tokenizer, threads=1)  # type: ignore[arg-type] # all it asks of one
+    assert (len(alone.body), len(alone.head)) == (2 * 7, 1)
+    session, rows = alone.session, alone._rows(3)
+    (logits,) = session.run(alone.head, rows)
+    wanted = model.lm_head(torch.from_numpy(rows["x16"])).detach().numpy()
+    assert np.abs(logits - wanted).max() < 1e-5
+    seen: list[tuple[int, int]] = []
+
+    class Counting:
+        def run(self, names: list[str], fed: dict[str, Any]) -> None:
+            seen.append((len(names), len(fed["x16"])))
+
+    alone.session = Counting()
+    found = alone.measure(Load(2, 4, 3, ["abc", "de"]))
+    each = [(14, 5), (1, 2), (15, 2), (15, 2)]
+    assert seen == each + each
+    assert found["tokens_per_second"]
 
 
 def test_the_export_benchmark_makes_compares_and_times(tmp_path: Path, monkeypatch: Any) -> None:
