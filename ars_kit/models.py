@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ars_kit.causality import NotCausalError, other_task, require_causal
 from ars_kit.errors import ConfigError, IntegrityError
+from ars_kit.hub import place_of
 from ars_kit.spec import like
 
 TOKENIZER_FILES = (
@@ -42,6 +44,7 @@ _HUB_REASONS: dict[type[Exception], str] = {
     HFValidationError: "there is no such directory, and it is no hub id (owner/name)",
     GatedRepoError: "the hub asks for a token with access to it; run `hf auth login`",
     RepositoryNotFoundError: "the hub has no such model, or it is private",
+    RevisionNotFoundError: "the model has no such branch, tag or commit on the hub",
     LocalEntryNotFoundError: "it is not in the cache, and the hub cannot be reached or "
     "HF_HUB_OFFLINE is set; name a local directory, or fetch it where there is a network",
     SafetensorError: "a safetensors file is damaged; fetch it again",
@@ -57,13 +60,15 @@ def load_base_config(name: str) -> PretrainedConfig:
     """
     # os.path has an answer too for what no file can be called, and for nobody's home.
     path = Path(os.path.expanduser(name))  # noqa: PTH111
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    slashes = name.partition("@")[0].count("/")
+    local = path.is_absolute() or name.startswith((".", "~")) or slashes > 1
     there = os.path.exists(path)  # noqa: PTH110
     if (local or there) and not os.path.isfile(path / "config.json"):  # noqa: PTH113
         what = "is no model directory: it has no config.json" if there else "does not exist"
         raise ConfigError(f"base {name!r} {what}")
     try:
-        config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
+        place, revision = place_of(name)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **_revision(revision))
     except Exception as error:  # the hub raises a dozen kinds
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -82,7 +87,8 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """
     load_base_config(name)
     try:
-        model = _from_pretrained(_place(name), dtype)
+        place, revision = place_of(name)
+        model = _from_pretrained(place, dtype, **_revision(revision))
     except Exception as error:
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
     require_causal(name, model)
@@ -122,9 +128,8 @@ def _forget_remote_code(config: PretrainedConfig) -> None:
         del config.auto_map
 
 
-def _place(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path) if path.exists() else name
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
 
 
 def _reason(error: BaseException) -> str:

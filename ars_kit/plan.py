@@ -12,6 +12,7 @@ import torch
 from ars_kit.errors import ConfigError
 from ars_kit.footprint import Footprint
 from ars_kit.host import Host
+from ars_kit.hub import pinned
 from ars_kit.judge import require_distinct
 from ars_kit.measure import probe_device, probe_training
 from ars_kit.members import MemberPlan, plan_members
@@ -128,9 +129,18 @@ def plan_run(settings: Settings, host: Host) -> RunPlan:
         host.make("trackers", tracker)
     device = pick_device(settings.train.device)
     precision = _precision(settings.train.precision, device)
+    settings = _with_commit(settings)
     members = plan_members(settings, host)
     memory = _available_memory(device)
     return RunPlan(settings, members, str(device), precision, memory_available=memory)
+
+
+def _with_commit(settings: Settings) -> Settings:
+    """Name the commit of a base that comes from the hub; other settings stay as they are."""
+    base = settings.family.base
+    if base is None:
+        return settings
+    return replace(settings, family=replace(settings.family, base=pinned(base)))
 
 
 def estimate(plan: RunPlan) -> RunPlan:

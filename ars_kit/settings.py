@@ -246,6 +246,8 @@ def differences(
     before, after = old.flat(), new.flat()
     if "rollback" in (old.train.on_instability, new.train.on_instability):
         free -= {"run.save_every"}  # where there are states decides where to go back to
+    if str(after["family.base"]).startswith(f"{before['family.base']}@"):
+        free |= {"family.base"}  # a run that kept no commit of the hub's now has one
     return [
         f"{key}: {_toml(before[key])} -> {_toml(after[key])}"
         for key in before

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ars_kit.errors import ConfigError, DataError
+from ars_kit.hub import place_of
 from ars_kit.passages import PassageWriter
 
 EOS = "<|endoftext|>"
@@ -119,11 +120,10 @@ def load_pretrained(name: str) -> Any:
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 -- slow
 
-    path = Path(name).expanduser()
+    place, revision = place_of(name)
+    named = {} if revision is None else {"revision": revision}
     try:
-        fast = AutoTokenizer.from_pretrained(
-            str(path) if path.exists() else name, trust_remote_code=False
-        )
+        fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **named)
     except Exception as error:  # hub, file and format errors share no class
         lines = str(error).strip().splitlines() or [repr(error)]
         raise DataError(f"cannot load the tokenizer of {name!r}: {lines[0]}") from error
