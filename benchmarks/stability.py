@@ -17,7 +17,7 @@ import click
 import torch
 from stability.methods import Method, installed_methods
 from stability.provocations import PROVOCATIONS
-from stability.report import Facts, table_of, write
+from stability.report import Facts, environment, table_of, write
 from stability.runner import Book, Key, run_all
 from stability.task import SIZES, Size, Text, file_text, library_text, model_config
 
@@ -28,6 +28,8 @@ TUNING_SEEDS = (101, 102, 103)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 QUICK = ("clip", "zclip", "skipstep", "stable-spam", "ars")
 QUICK_STEPS = 150
+LARGE = 1_000_000
+"""Parameters from which on a GPU is worth its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Bench:
     methods: dict[str, Method]
     book: Book
     jobs: int
+    device: str
 
     def key(self, method: str, provocation: str, seed: int, lr: float, text: Text) -> Key:
         """Return the settings of one run."""
@@ -53,6 +56,7 @@ class Bench:
             lr=lr,
             text=text.digest,
             torch=torch.__version__,
+            device=self.device,
         )
 
     def run(self, keys: list[Key], text: Text) -> None:
@@ -105,6 +109,13 @@ def say(line: str) -> None:
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tuning-text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--lr", type=float, help="In place of tuning one.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: a GPU where there is one, for models of a million parameters and more.",
+)
 @click.option("--jobs", default=1, show_default=True, help="Processes, of one thread each.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results, without suffix.")
 @click.option("--report-only", is_flag=True, help="Run nothing; report what is there.")
@@ -119,6 +130,7 @@ def main(  # noqa: PLR0913 -- a command's options
     text: Path | None,
     tuning_text: Path | None,
     lr: float | None,
+    device: str,
     jobs: int,
     out: Path | None,
     report_only: bool,
@@ -138,10 +150,12 @@ def main(  # noqa: PLR0913 -- a command's options
     numbers = range(1, (seeds or (5 if full else 2)) + 1)
     out = out or RESULTS / f"stability-{model}{'' if full else '-quick'}"
     book = Book(out.with_suffix(".jsonl"))
+    parameters = count_parameters(model_config(size))
+    device = _device(device, parameters)
     if report_only:
-        known, aged = _as_measured(known, book, model, size.steps)
+        known, aged = _as_measured(known, book, model, size.steps, device)
         notices += aged
-    bench = Bench(model, size, known, book, jobs)
+    bench = Bench(model, size, known, book, jobs, device)
     read = file_text(text) if text else library_text(0)
     lr = lr or size.lr
     tuning: dict[float, float | None] = {}
@@ -157,7 +171,7 @@ def main(  # noqa: PLR0913 -- a command's options
         command=f"python benchmarks/stability.py {shlex.join(_arguments())}",
         model=model,
         size=size,
-        parameters=count_parameters(model_config(size)),
+        parameters=parameters,
         text=read.name,
         seeds=list(numbers),
         lr=lr,
@@ -165,18 +179,33 @@ def main(  # noqa: PLR0913 -- a command's options
         tuning_seeds=TUNING_SEEDS,
         tuning=tuning,
         notices=notices,
+        environment=environment(device),
     )
     for bar in write(out, facts, table_of(bench.book.outcomes, keys), known):
         word = {True: "met", False: "NOT MET", None: "-"}[bar.met]
         click.echo(f"{word:8}{bar.claim}: {bar.figures}")
 
 
+def _device(wanted: str, parameters: int) -> str:
+    """Return the kind of device that runs train on.
+
+    Raises:
+        click.BadParameter: a GPU was asked for, and there is none.
+    """
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise click.BadParameter("torch sees no GPU here", param_hint="--device")
+    if wanted == "auto":
+        return "cuda" if there and parameters >= LARGE else "cpu"
+    return wanted
+
+
 def _as_measured(
-    methods: dict[str, Method], book: Book, model: str, steps: int
+    methods: dict[str, Method], book: Book, model: str, steps: int, device: str
 ) -> tuple[dict[str, Method], list[str]]:
     """Return the methods with the code that the book has most of, and what is not current."""
     found = {
-        name: replace(m, code=book.code_of(name, m.code, model, steps))
+        name: replace(m, code=book.code_of(name, m.code, model, steps, device))
         for name, m in methods.items()
     }
     aged = []

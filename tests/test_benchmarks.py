@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -285,6 +286,64 @@ def test_runs_repeat_exactly_and_guards_show(text_file: Path, tmp_path: Path) ->
     assert again.outcomes == books[0].outcomes
     run_all(keys, size, text, again, said.append)
     assert said == ["4 of 4 runs are done already"]
+
+
+@pytest.mark.gpu
+def test_every_method_runs_through_every_provocation_on_a_gpu(
+    text_file: Path, tmp_path: Path
+) -> None:
+    from stability.methods import installed_methods
+    from stability.provocations import PROVOCATIONS
+    from stability.runner import Book, Key, run_all
+    from stability.task import SIZES, file_text
+
+    text, size = file_text(text_file), replace(SIZES["tiny"], steps=40, calm=1)
+    keys = [
+        Key(
+            "tiny", 40, name, method.code, p, 1, 1e-2, text.digest, torch.__version__, device="cuda"
+        )
+        for name, method in installed_methods()[0].items()
+        for p in PROVOCATIONS
+        if p in (method.only or PROVOCATIONS)
+    ]
+    book = Book(tmp_path / "gpu.jsonl")
+    run_all(keys, size, text, book, lambda _: None)
+    assert book.outcomes.keys() == set(keys)
+    assert all(o.score is not None for k, o in book.outcomes.items() if k.provocation == "clean")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_and_not_taken_by_itself() -> None:
+    from click import BadParameter
+
+    command = runpy.run_path(str(ROOT / "stability.py"))
+    for parameters in (10, 20_000_000):
+        assert command["_device"]("auto", parameters) == "cpu"
+    with pytest.raises(BadParameter, match="torch sees no GPU here"):
+        command["_device"]("cuda", 10)
+
+
+def test_a_gpu_is_taken_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = runpy.run_path(str(ROOT / "stability.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command["_device"]("auto", 111_296) == "cpu"
+    assert command["_device"]("auto", 11_236_160) == "cuda"
+    assert command["_device"]("cpu", 11_236_160) == "cpu"
+
+
+def test_results_that_name_no_device_are_of_a_cpu(tmp_path: Path) -> None:
+    from stability.runner import Book, Key, Outcome
+
+    path = tmp_path / "book.jsonl"
+    key = Key("tiny", 9, "ars", "code", "clean", 1, 0.1, "t", "v")
+    Book(path).add(key, Outcome(2.0, None, 3.0, 1.0))
+    row = json.loads(path.read_text())
+    assert row["key"].pop("device") == "cpu"
+    path.write_text(json.dumps(row) + "\n")
+    book = Book(path)
+    assert key in book.outcomes
+    assert book.code_of("ars", "newer", "tiny", 9) == "code"
+    assert book.code_of("ars", "newer", "tiny", 9, "cuda") == "newer"
 
 
 def test_the_command_writes_its_report(text_file: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def spike(moment: Moment, gradients: Sequence[Tensor], *, share: float) -> None:
         return
     source = torch.Generator().manual_seed(int(draw.integers(2**62)))
     for gradient in gradients:
-        noise = torch.randn(gradient.shape, generator=source)
+        noise = torch.randn(gradient.shape, generator=source).to(gradient.device)
         gradient.add_(noise * (SPIKE_SIZE * gradient.norm() / noise.norm()))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stability.bars import PEERS, Bar, bars, shown
 from stability.figures import Figure, Scores, Table
@@ -21,9 +23,10 @@ from stability.task import Size
 REFERENCE = "clip"
 
 
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """Return the versions and the processor that results depend on."""
-    found = {"python": platform.python_version(), "machine": _processor()}
+    machine = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    found = {"python": platform.python_version(), "machine": machine}
     for package in ("torch", "transformers", "numpy", "pytorch_optimizer", "ars-kit"):
         try:
             found[package] = version(package)
@@ -59,8 +62,8 @@ class Facts:
     tuning_text: str
     tuning_seeds: Sequence[int]
     tuning: Mapping[float, float | None]
+    environment: Mapping[str, str]
     notices: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=environment)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Key:
         code: of the method.
         text: digest of the text.
         lr: base learning rate, before the provocation's factor.
+        device: the kind that trains; results of older benchmarks name none, and are of a CPU.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Key:
     text: str
     torch: str
     protocol: int = PROTOCOL
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Outcome:
 def run_one(key: Key, size: Size, text: Text, method: Method) -> Outcome:
     """Train and judge one model."""
     provocation = PROVOCATIONS[key.provocation]
-    model = make_model(size, key.seed)
+    model = make_model(size, key.seed).to(torch.device(key.device))
     groups = parameter_groups(
         model, lr=key.lr, weight_decay=WEIGHT_DECAY, lr_width=None, lr_vectors=key.lr
     )
@@ -159,12 +161,13 @@ class Book:
                 row = json.loads(line)
                 self.outcomes[Key(**row["key"])] = Outcome(**row["outcome"])
 
-    def code_of(self, method: str, code: str, model: str, steps: int) -> str:
+    def code_of(self, method: str, code: str, model: str, steps: int, device: str = "cpu") -> str:
         """Return the code that most of a method's results have; ``code`` where there are none."""
+        kind = (method, model, steps, PROTOCOL, device)
         found = Counter(
             k.code
             for k in self.outcomes
-            if (k.method, k.model, k.steps, k.protocol) == (method, model, steps, PROTOCOL)
+            if (k.method, k.model, k.steps, k.protocol, k.device) == kind
         )
         return max(found, key=lambda c: (found[c], c == code)) if found else code
 

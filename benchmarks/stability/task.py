@@ -162,7 +162,7 @@ def loss_of(model: PreTrainedModel, batch: Bytes) -> Tensor:
         model: the model.
         batch: shape (sequences, context + 1).
     """
-    tokens = torch.from_numpy(batch.astype(np.int64))
+    tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
