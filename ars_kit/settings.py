@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from ars_kit.lora import WHOLE
@@ -217,7 +218,7 @@ def to_toml(settings: Settings, *, comments: bool = True) -> str:
     lines: list[str] = []
     for name, section in SECTIONS.items():
         lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
-        docs = field_docs(section)
+        docs = field_docs(section)  # type: ignore[arg-type]  # a class has a hash
         for f in dataclasses.fields(section):
             if comments and docs.get(f.name):
                 lines.append(f"# {docs[f.name]}")
@@ -255,7 +256,8 @@ def differences(
     ]
 
 
-def field_docs(section: type[Any]) -> dict[str, str]:
+@cache
+def field_docs(section: type[Any]) -> Mapping[str, str]:
     """Return the docstring under each field of a section."""
     body = ast.parse(inspect.getsource(section)).body[0]
     docs: dict[str, str] = {}
