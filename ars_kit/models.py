@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Return the number of parameters, a tied head counted once."""
-    return sum(p.numel() for p in meta_model(config).parameters())
+    return _counts(_Shape(config.to_json_string(use_diff=False), config)).parameters
 
 
 def flops_per_token(config: PretrainedConfig, context: int) -> float:
@@ -232,9 +234,7 @@ def flops_per_token(config: PretrainedConfig, context: int) -> float:
     full square, as the PaLM paper (2204.02311) and torch's FlopCounterMode do: a causal kernel does
     half. A mixture of experts is not counted.
     """
-    model = meta_model(config)
-    # The modules, not the parameters: a tied head is a matrix product though it has none.
-    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    matmul = _counts(_Shape(config.to_json_string(use_diff=False), config)).multiplied
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -242,6 +242,35 @@ def flops_per_token(config: PretrainedConfig, context: int) -> float:
     window = getattr(text, "sliding_window", None) or context
     reach = sum(min(window, context) if "sliding" in kind else context for kind in kinds)
     return float(6 * matmul + 12 * heads * head_dim * reach)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A configuration by its content."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """A model's numbers of weights.
+
+    Attributes:
+        multiplied: those that a token is multiplied by.
+    """
+
+    parameters: int
+    multiplied: int
+
+
+@lru_cache(maxsize=256)
+def _counts(shape: _Shape) -> _Counts:
+    """Count a model's weights; a plan asks several times of each member, a run at each birth."""
+    model = meta_model(shape.config)
+    # The modules, not the parameters: a tied head is a matrix product though it has none.
+    matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    return _Counts(sum(p.numel() for p in model.parameters()), sum(w.numel() for w in matrices))
 
 
 def parameter_groups(
