@@ -1,7 +1,12 @@
-"""The package as a stranger installs it: from a wheel, into a clean environment, with a plugin."""
+"""The package as a stranger has it: a wheel in a clean environment, with plugins.
+
+What the wheel says that it needs is linked from the environment of the tests: that, what that
+needs, and nothing else; pip looks whether it is enough. `make package-check` has pip install it.
+"""
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import shutil
@@ -9,11 +14,14 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ("arskit-halve-early", "arskit-on-top")
@@ -23,7 +31,10 @@ PACKAGES = {
     "ars_kit_serving": ROOT / "serving",
 }
 
-pytestmark = pytest.mark.timeout(900)  # the first test's set-up installs torch
+WHOLE = bool(os.environ.get("ARSKIT_PACKAGE_WHOLE"))
+"""Whether pip is to find and install what the wheel needs."""
+
+pytestmark = pytest.mark.timeout(900)  # the first test's set-up may install torch
 
 Done = subprocess.CompletedProcess
 
@@ -49,12 +60,56 @@ def pip(*arguments: str) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-def build(source: Path, wheels: Path) -> Path:
-    """Build a wheel; the source must be a copy, for setuptools leaves its traces in it."""
-    before = set(wheels.glob("*.whl"))
-    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(source))
-    (made,) = set(wheels.glob("*.whl")) - before
-    return made
+def build(sources: Sequence[Path], wheels: Path) -> list[Path]:
+    """Build wheels; the sources must be copies, for setuptools leaves its traces in them."""
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), *map(str, sources))
+    return sorted(wheels.glob("*.whl"))
+
+
+def needed(wanted: Iterable[str]) -> dict[str, Distribution]:
+    """Return what requirements ask for, and what that asks for in turn, by name."""
+    found: dict[str, Distribution] = {}
+    waiting = [(Requirement(text), "") for text in wanted]
+    seen = set()
+    while waiting:
+        asked, extra = waiting.pop()
+        if asked.marker is not None and not asked.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(asked.name)
+        for mine in ("", *asked.extras):
+            if (name, mine) not in seen:
+                seen.add((name, mine))
+                found[name] = distribution(name)
+                waiting += [(Requirement(text), mine) for text in found[name].requires or ()]
+    return found
+
+
+def link(found: Distribution, site: Path) -> None:
+    """Link what a distribution installed; in a folder that several share, what is its own there."""
+    for file in {part for path in found.files or () for part in _own(found, path.parts)}:
+        target = site / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.symlink_to(found.locate_file(file))
+
+
+def _own(found: Distribution, parts: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the part of a path that is a distribution's own: all below it is."""
+    if parts[0] in {"..", "__pycache__"} or Path(parts[0]).is_absolute():
+        return
+    depth = 1
+    while depth < len(parts):
+        folder = Path(str(found.locate_file(Path(*parts[:depth]))))
+        if folder.suffix in {".dist-info", ".libs"} or (folder / "__init__.py").exists():
+            break
+        depth += 1
+    yield Path(*parts[:depth])
+
+
+def requirements(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as packed:
+        (name,) = (n for n in packed.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(packed.read(name)).get_all("Requires-Dist") or []
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +123,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copytree(ROOT / name, source / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    wheel = build(source, wheels)
-    examples = []
     for name in EXAMPLES:
         shutil.copytree(ROOT / "docs" / "examples" / name, home / name, ignore=leave)
-        examples.append(str(build(home / name, wheels)))
+    made = build([source, *(home / name for name in EXAMPLES)], wheels)
+    (wheel,) = (path for path in made if path.name.startswith("ars_kit-"))
     venv.create(home / "env", with_pip=False, symlinks=True)
     scripts = home / "env" / ("Scripts" if os.name == "nt" else "bin")
-    pip(
-        "--python", str(scripts / "python"), "install", "--quiet", "--no-compile",
-        "--constraint", str(ROOT / "constraints.txt"), str(wheel), *examples, "pytest",
-    )  # fmt: skip
+    there, install = ("--python", str(scripts / "python")), ("install", "--quiet", "--no-compile")
+    if WHOLE:
+        bounds = ("--constraint", str(ROOT / "constraints.txt"))
+        pip(*there, *install, *bounds, *map(str, made), "pytest")
+    else:
+        (site,) = (home / "env").glob("Lib/site-packages" if os.name == "nt" else "lib/*/site-*")
+        for found in needed([*requirements(wheel), "pytest"]).values():
+            link(found, site)
+        pip(*there, *install, "--no-deps", *map(str, made))
+        pip(*there, "check")
     mine = ("ARSKIT_", "PYTHON", "VIRTUAL_ENV", "COVERAGE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
     environment |= {"ARSKIT_CACHE": str(home / "cache"), "COLUMNS": "200"}
