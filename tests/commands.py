@@ -33,6 +33,7 @@ QUIET = {
 WARM = (
     "ars_kit.cli", "ars_kit.controls", "ars_kit.reporting", "ars_kit_plugins.ars",
     "ars_kit_plugins.growth", "transformers.models.qwen2.modeling_qwen2",
+    "matplotlib.figure", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """What nearly every command imports; what one needs besides it imports itself."""
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from commands import QUIET, call_forked, call_started
 
 from ars_kit.spec import StepSignal
 from ars_kit.store import RunFolder
+
+if TYPE_CHECKING:
+    from ars_kit.host import Host
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.update(QUIET)
@@ -49,6 +53,14 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
+@functools.cache
+def installed() -> Host:
+    """Return the installed plugins, to read; to find them takes a look at each distribution."""
+    from ars_kit.host import Host  # after the environment is set
+
+    return Host.installed()
 
 
 def make_text(documents: int, seed: int = 0) -> list[str]:
@@ -115,7 +127,7 @@ def tiny(text_folder: Path) -> list[str]:
         "--members", "d2..d4", "--iterations", "6,4", "--data", str(text_folder),
         "--sequence-length", "32", "--batch-size", "4",
         "--set", "family.vocab_size=300", "--set", "run.save_every=5",
-        "--set", "family.aspect=4",
+        "--set", "family.aspect=4", "--set", "data.heldout_tokens=512",
     ]  # fmt: skip
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import TOKENS, child_of, config_of, trained
 
 from ars_kit.errors import ConfigError
-from ars_kit.host import Host
 from ars_kit.models import build, weights_of
 from ars_kit.schema import parse_choice
 from ars_kit.spec import Birth, Block, Lesson, Parent
@@ -22,7 +22,7 @@ ONE: Any = torch.zeros(())
 
 
 def strategy(text: str) -> Any:
-    return Host.installed().make("strategies", parse_choice(text))
+    return installed().make("strategies", parse_choice(text))
 
 
 def lesson_of(weights: Any) -> Lesson:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 from test_growth import TOKENS, config_of, trained
 
 from ars_kit.errors import ConfigError
-from ars_kit.host import Host
 from ars_kit.inherit import derive_opt_state, inherited_share
 from ars_kit.models import build, logits_difference, set_weights, weights_of
 from ars_kit.schema import parse_choice
@@ -18,7 +18,7 @@ from ars_kit_plugins.architecture import Shape
 
 
 def strategy(name: str) -> Any:
-    return Host.installed().make("strategies", parse_choice(name))
+    return installed().make("strategies", parse_choice(name))
 
 
 def seeded(name: str, before: Any, after: Any) -> tuple[Any, Any, Any]:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_text
+from conftest import installed, make_text
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ars_kit.data import Corpus, prepare
 from ars_kit.errors import ArsKitError, ConfigError, DataError
-from ars_kit.host import Host
 from ars_kit.judge import checked
 from ars_kit.models import build
 from ars_kit.schema import parse_choice
@@ -78,7 +77,7 @@ def member(model: PreTrainedModel, corpus: Corpus) -> Evaluand:
 
 
 def judged(text: str, member: Evaluand) -> Assessment:
-    found = Host.installed().make("evaluators", parse_choice(text))(member)
+    found = installed().make("evaluators", parse_choice(text))(member)
     assert isinstance(found, Assessment)
     return found
 
@@ -401,7 +400,7 @@ def test_a_task_that_the_harness_does_not_have_is_said(monkeypatch: pytest.Monke
     harness._index.cache_clear()
     # When it is made, which the plan does: not after the first member has been trained.
     with pytest.raises(ConfigError, match="has no task 'no_such_task'"):
-        Host.installed().make("evaluators", parse_choice("lm-eval:tasks=no_such_task"))
+        installed().make("evaluators", parse_choice("lm-eval:tasks=no_such_task"))
     harness._index.cache_clear()
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import TOKENS, child_of, config_of, growths, norms_in_float64, trained
 
-from ars_kit.host import Host
 from ars_kit.models import build, logits_difference, set_weights, weights_of
 from ars_kit.schema import parse_choice
 from ars_kit.spec import Birth, Parent
@@ -19,7 +19,7 @@ from ars_kit_plugins.pruning import Cut, Importance, cut, keep_layers, measure, 
 
 
 def strategy(text: str = "prune") -> Any:
-    return Host.installed().make("strategies", parse_choice(text))
+    return installed().make("strategies", parse_choice(text))
 
 
 @given(growths())

@@ -56,6 +56,7 @@ def whole(
         "--members", "d2..d4", "--iterations", "6,4", "--data", str(text_folder),
         "--sequence-length", "32", "--batch-size", "4", "--set", "family.vocab_size=300",
         "--set", "run.save_every=5", "--set", "family.aspect=4",
+        "--set", "data.heldout_tokens=512",
     ]  # fmt: skip
     process = start(cache, "run", *options, "--out", str(out), "--json")
     stdout, stderr = process.communicate(timeout=240)

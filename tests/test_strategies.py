@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 
 from ars_kit.errors import ConfigError
-from ars_kit.host import Host
 from ars_kit.models import build, logits_difference, set_weights, weights_of
 from ars_kit.schema import parse_choice
 from ars_kit.shapes import embedded_config
@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 60, (2, 17), generator=torch.Generator().manual_seed(0
 
 
 def strategy(text: str) -> InheritanceStrategy:
-    made: InheritanceStrategy = Host.installed().make("strategies", parse_choice(text))
+    made: InheritanceStrategy = installed().make("strategies", parse_choice(text))
     return made
 
 

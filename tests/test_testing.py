@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 
-from ars_kit.host import Host
 from ars_kit.settings import Choice
 from ars_kit.spec import Damping, StepSignal
 from ars_kit.testing import ConformanceError, check_gate
 from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
 
 BUILT_IN = ("guard", "surprise", "entropy", "norm-memory", "jitter", "clip")
-MAKERS = {name: lambda n=name: Host.installed().make("gates", Choice(n)) for name in BUILT_IN}
+MAKERS = {name: lambda n=name: installed().make("gates", Choice(n)) for name in BUILT_IN}
 MAKERS |= {"plan-entropy": PlanEntropyGuard, "plan-surprise": PlanSurpriseGate, "paper": PaperGate}
 
 
