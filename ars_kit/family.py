@@ -17,7 +17,7 @@ from ars_kit.dealing import collected, delivered
 from ars_kit.errors import PluginError
 from ars_kit.figures import blend_metrics, config_text, member_metrics
 from ars_kit.host import Host
-from ars_kit.judge import PERPLEXITY, judge, judges_of, write_files
+from ars_kit.judge import PERPLEXITY, Judged, judge, judges_of, write_files
 from ars_kit.ledger import counting
 from ars_kit.members import MemberPlan, placed
 from ars_kit.models import build, save_member
@@ -120,7 +120,7 @@ def raise_member(family: Family, member: MemberPlan) -> dict[str, Any]:
     return read_metrics(family.folder, member.name)
 
 
-def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Assessment:
+def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Judged:
     """Judge a member on the run's text, and on its own where that is another."""
     host, settings = family.host, family.plan.settings
     found = judge(host, settings, member.name, model, family.corpus)
@@ -130,10 +130,11 @@ def _judged(family: Family, member: MemberPlan, model: PreTrainedModel) -> Asses
     # By the run's own measure, whatever its settings: both losses are read side by side.
     measure = [choice for choice in judges_of(settings) if choice.name == PERPLEXITY.name]
     more = judge(host, settings, member.name, model, own, choices=measure)
-    return Assessment(
+    return Judged(
         {**found.figures, **{f"own_{name}": value for name, value in more.figures.items()}},
         {**found.files, **{f"own-{name}": text for name, text in more.files.items()}},
         {**found.notes, **{f"own_{name}": note for name, note in more.notes.items()}},
+        {**found.by, **{f"own_{name}": evaluator for name, evaluator in more.by.items()}},
     )
 
 

@@ -25,6 +25,7 @@ from ars_kit.settings import to_toml
 
 if TYPE_CHECKING:
     from ars_kit.births import Cradle, Newborn
+    from ars_kit.judge import Judged
     from ars_kit.members import MemberPlan
     from ars_kit.settings import Settings
     from ars_kit.spec import Assessment, Blend
@@ -36,9 +37,13 @@ def member_metrics(
     member: MemberPlan,
     job: Trainee,
     born: Newborn,
-    quality: Assessment,
+    quality: Judged,
 ) -> dict[str, Any]:
-    """Return the figures of a member that was trained."""
+    """Return the figures of a member that was trained.
+
+    Raises:
+        PluginError: an evaluator returned one that the run measures itself.
+    """
     settings, meter = cradle.plan.settings, job.meter
     rows = read_history(cradle.folder.history_path(member.name))
     taken = [row for row in rows if not row["skipped"] and row["loss"] is not None]
@@ -89,9 +94,13 @@ def member_metrics(
     }
     clash = quality.figures.keys() & (head.keys() | rest.keys() | {"notes"})
     if clash:
+        name = quality.by[min(clash)]
+        plugin = cradle.host.listing("evaluators", name).plugin
+        theirs = sorted(figure for figure in clash if quality.by[figure] == name)
         raise PluginError(
-            f"an evaluator returned {', '.join(sorted(clash))}, which the run measures itself; the "
-            "member is trained and kept as a training state: run again without it"
+            f"evaluator {name!r} of plugin {plugin} returned {', '.join(theirs)}, which the run "
+            f"measures itself; {member.name} is trained and kept as a training state: run again "
+            "without that evaluator"
         )
     return {**head, **quality.figures, "notes": dict(quality.notes), **rest}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,17 @@ PERPLEXITY = Choice("perplexity")
 QUALITY = "quality"
 """The folder in a member's directory for the files that evaluators leave."""
 _FILE = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged(Assessment):
+    """What several evaluators found, taken together.
+
+    Attributes:
+        by: by the name of a figure, the evaluator that returned it.
+    """
+
+    by: Mapping[str, str] = field(default_factory=dict)
 
 
 def judges_of(settings: Settings) -> tuple[Choice, ...]:
@@ -56,7 +68,7 @@ def judge(
     *,
     choices: Sequence[Choice] | None = None,
     progress: Callable[[float], None] = lambda _: None,
-) -> Assessment:
+) -> Judged:
     """Ask evaluators about a model, in eval mode from here on.
 
     Args:
@@ -75,7 +87,7 @@ def judge(
         PluginError: an evaluator raised, or returned something else than figures by name.
     """
     model.eval()
-    found = Assessment({})
+    found = Judged({})
     for choice in judges_of(settings) if choices is None else choices:
         evaluator: Evaluator = host.make("evaluators", choice)
         evaluand = Evaluand(
@@ -93,7 +105,9 @@ def judge(
             progress=progress,
         )
         with host.blaming("evaluators", choice.name, f"judging {name}"):
-            found = joined(found, checked(evaluator(evaluand)))
+            more = checked(evaluator(evaluand))
+            whole, by = joined(found, more), dict.fromkeys(more.figures, choice.name)
+        found = Judged(whole.figures, whole.files, whole.notes, {**found.by, **by})
     return found
 
 

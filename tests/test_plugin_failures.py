@@ -243,6 +243,13 @@ def other(kind: str, make: str, body: str = "pass", **parts: str) -> str:
             "'x': 'y' is no figure by name",
         ),
         (
+            other(
+                "evaluators", "lambda: made", "return {'tokens': 1, 'mine': 2, 'steps': 3}"
+            ).replace("made()", "made(member)"),
+            ["--eval", "mine"],
+            "(arskit-broken 0.3) returned steps, tokens, which the run measures itself; d2 is",
+        ),
+        (
             other("strategies", "Scratch", supports="1 / 0"),
             ["--strategy", "mine"],
             "(arskit-broken 0.3) failed asked what it supports: ZeroDivisionError",

@@ -21,13 +21,13 @@ from ars_kit.errors import ArsKitError, ConfigError, DataError
 from ars_kit.evaluating import evaluate
 from ars_kit.family import _judged
 from ars_kit.host import Host
+from ars_kit.judge import Judged
 from ars_kit.members import placed
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.roster import parse_roster, read_roster
 from ars_kit.runs import execute
 from ars_kit.schema import Choice
-from ars_kit.spec import Assessment
 from ars_kit.states import States
 from ars_kit.texts import open_texts
 from ars_kit.tokenizer import load_fast
@@ -158,9 +158,9 @@ def test_a_member_s_own_text_is_judged_by_the_run_s_own_measure(
     """Losses of different strides are not to be read side by side."""
     asked = []
 
-    def judging(*_: Any, choices: Any = None) -> Assessment:
+    def judging(*_: Any, choices: Any = None) -> Judged:
         asked.append(choices)
-        return Assessment({"heldout_loss": 1.0})
+        return Judged({"heldout_loss": 1.0}, by={"heldout_loss": "perplexity"})
 
     monkeypatch.setattr("ars_kit.family.judge", judging)
     settings = resolve({"run.evaluators": "bleu,perplexity:stride=8"}, {})
@@ -170,6 +170,7 @@ def test_a_member_s_own_text_is_judged_by_the_run_s_own_measure(
     member: Any = SimpleNamespace(name="d3", data="b")
     found = _judged(family, member, SimpleNamespace())  # type: ignore[arg-type]
     assert found.figures == {"heldout_loss": 1.0, "own_heldout_loss": 1.0}
+    assert found.by.keys() == found.figures.keys()
     assert asked == [None, [Choice("perplexity", {"stride": "8"})]]
 
 
