@@ -30,6 +30,7 @@ import numpy as np
 import sacrebleu
 import torch
 import transformers
+from ending import run
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ars_kit.data import Corpus, prepare
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

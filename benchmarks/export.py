@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import torch
+from ending import run
 from speed.checkpoints import SHAPES, tokens_of, train, write_checkpoint
 from speed.figures import facts, spread
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -165,4 +166,4 @@ def main(sizes: tuple[str, ...], tiny: bool, target: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

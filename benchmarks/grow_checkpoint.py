@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import run
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from ars_kit.measure import peak_rss
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import chosen, run
 
 from ars_kit import models
 from ars_kit.data import prepare
@@ -350,7 +351,7 @@ def main() -> None:
         print(json.dumps(prepare_alone(options.prepare, options.cache)))
         return
     ranges = {**DEFAULT, **(FULL if options.full else {})}
-    kinds = options.kinds.split(",")
+    kinds = chosen("kind", options.kinds, MEASURES)
     if options.sizes:
         ranges |= dict.fromkeys(kinds, tuple(map(int, options.sizes.split(","))))
     found = [measure(kind, ranges[kind]) for kind in kinds]
@@ -373,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

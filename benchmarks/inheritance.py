@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+from ending import run
 from inheritance.arms import ARMS
 from inheritance.report import Facts, write
 from inheritance.runner import DECAY, Book, Key, run_all
@@ -189,4 +190,4 @@ def _arguments() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

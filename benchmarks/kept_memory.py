@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import chosen, run
 from loops import bare_loop
 from throughput import plan_of
 
@@ -108,7 +109,7 @@ def main() -> None:
         print(json.dumps(train(options.alone, keeping=options.keeping)))
         return
     sizes = []
-    for size in options.sizes.split(","):
+    for size in chosen("size", options.sizes, STEPS):
         sizes.append(compare(size, options.rounds))
         print(sizes[-1], flush=True)
     environment = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__}
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

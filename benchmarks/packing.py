@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import run
 from transformers import __version__
 
 from ars_kit.figures import device_name
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,6 +31,7 @@ from typing import Any
 
 import click
 import torch
+from ending import run
 from speed.checkpoints import SHAPES, prompts, tokens_of, train, write_checkpoint
 from speed.clients import Load, measure
 from speed.figures import facts, spread
@@ -322,4 +323,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

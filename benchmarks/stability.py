@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import torch
+from ending import run
 from stability.methods import Method, installed_methods
 from stability.provocations import PROVOCATIONS
 from stability.report import Facts, environment, table_of, write
@@ -238,4 +239,4 @@ def _chosen(what: str, given: str | None, known: list[str], default: list[str]) 
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

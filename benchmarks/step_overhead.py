@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from ending import chosen, run
 from loops import LOG_EVERY, Loop, Silent, factor_of, groups_of
 from torch.nn.functional import cross_entropy
 
@@ -212,7 +213,7 @@ def main() -> None:
     print("| model | loop | ms per step | ratio to bare | quartiles |")
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
-        for size in options.sizes.split(","):
+        for size in chosen("size", options.sizes, SIZES):
             seconds, facts = compare(size, rounds=options.rounds, block=options.block, host=host)
             found = ratios(seconds)
             rows[size] = {**facts, **how, "loops": found}
@@ -236,4 +237,4 @@ def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

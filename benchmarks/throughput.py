@@ -32,6 +32,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from ending import chosen, run
 from fabric_loop import fabric_loop
 from loops import Loop, alone, bare_loop, our_job, our_loop, trainer_loop, wait
 
@@ -300,7 +301,7 @@ def main() -> None:
         "train.compile": options.compile,
     }
     found = []
-    for size in options.sizes.split(","):
+    for size in chosen("size", options.sizes, SIZES):
         found.append(
             compare(size, more, rounds=options.rounds, block=options.block, threads=options.threads)
         )
@@ -327,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ars_kit.live import LiveBytes
+from ending import run
 from transformers import PretrainedConfig, Qwen2Config, __version__
 
 from ars_kit.adapters import Adapters
 from ars_kit.backward import InBackward
 from ars_kit.figures import device_name
-from ars_kit.footprint import LiveBytes, Work, footprint
+from ars_kit.footprint import Work, footprint
 from ars_kit.host import Host
 from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
@@ -190,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

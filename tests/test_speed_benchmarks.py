@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,45 @@ def test_the_loops_do_the_same_work() -> None:
     assert sum(parts.values()) == pytest.approx(1.0)
     assert {"batches", "forward", "backward", "gates", "base optimizer"} <= parts.keys()
     assert all(share >= 0 for share in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "line"),
+    [
+        ("throughput", ["--sizes=embedded d14", "--precision=fp8"], "throughput.py: .*'fp8'"),
+        ("throughput", ["--sizes=1M"], "throughput.py: no size '1M'; there are embedded d14, "),
+        ("kept_memory", ["--sizes=1M"], "kept_memory.py: no size '1M'; there are "),
+        ("step_overhead", ["--sizes=1M"], "step_overhead.py: no size '1M'; there are "),
+        ("growth", ["--kinds=txt"], "growth.py: no kind 'txt'; there are text, "),
+        ("vram", ["--trainable=lora:r=0"], "vram.py: .*r must be 1 or more"),
+        ("evaluation", ["--data=nowhere"], "evaluation.py: no such file or folder: nowhere"),
+    ],
+)
+def test_flags_that_cannot_be_get_one_line(
+    benchmark: str,
+    flags: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(ROOT / f"{benchmark}.py")
+    monkeypatch.setattr(sys, "argv", [path, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert re.match(line, said[-1])
+    assert not any("Traceback" in row for row in said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_benchmark_ends_so() -> None:
+    called = [path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text("utf-8")]
+    assert called
+    for name in called:
+        assert (ROOT / name).read_text("utf-8").endswith('"__main__":\n    run(main)\n'), name
 
 
 def test_large_sizes_are_planned_without_weights(tmp_path: Path) -> None:
