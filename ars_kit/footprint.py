@@ -3,7 +3,8 @@
 Two real steps are taken on fake tensors, which have shapes and no memory: the model, the loss, the
 backward pass and the optimizer are those of the run, and every storage that they make is counted
 from its birth to its end. So nothing here is a formula, but for the depth: of a deep model three
-and four layers are tried and each phase of the step is continued in a straight line.
+and four layers are tried and each phase of the step is continued in a straight line. And of a loss
+in many chunks the logits of a few are made: those of one stand at a time, however many there are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 TRIED = (3, 4)
 """Layers that stand in for a deeper model's."""
+CHUNKS = 16
+"""Chunks of a loss whose logits are made; one more, without logits, stands in for all others."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -206,7 +209,7 @@ def _simulate(
         weights = live.now
         groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, lr_width=None, lr_vectors=1e-3)
         optimizer = make(groups)
-        loss_of = memory.ChunkedLoss(model) if recipe.chunked else memory.whole_loss
+        loss_of = _FewChunks(model) if recipe.chunked else memory.whole_loss
         window = torch.zeros((work.sequences, work.length + 1), dtype=torch.int64)
         positions = torch.zeros_like(window[:, 1:]) if work.apart else None
         _take_gradients(model)
@@ -242,6 +245,36 @@ def _simulate(
             optimizer.step()
         phase("step")
     return _Phases(**peaks, weights=weights, gradients=gradients, states=states)
+
+
+class _FewChunks(memory.ChunkedLoss):
+    """A chunked loss whose peak is that of all chunks, and whose work does not grow with them."""
+
+    def _of_hidden(self, logits: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Tensor:
+        hidden, tried = logits.flatten(0, 1), CHUNKS * self.rows
+        if len(hidden) <= tried:
+            return super()._of_hidden(logits, labels, *rest, **options)
+        parts = hidden.split([self.rows] * CHUNKS + [len(hidden) - tried])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for h, t in zip(parts, labels.flatten()[:tried].split(self.rows), strict=False):
+            total = total + self.of_chunk(h, t)
+        # The last is the first of the backward pass, so its gradient is there when logits are.
+        without: Tensor = _Without.apply(parts[-1])  # type: ignore[no-untyped-call]
+        return (total + without) / len(hidden)
+
+
+class _Without(torch.autograd.Function):
+    """Nothing is made of the input; it gets a gradient all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.like = hidden.shape, hidden.dtype
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return grad.new_zeros(shape, dtype=dtype)
 
 
 def _step_in_backward(optimizer: Optimizer, work: Work) -> None:

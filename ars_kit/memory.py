@@ -189,11 +189,25 @@ class ChunkedLoss:
             labels: token ids, shape (sequences, length); each position's own, not shifted.
         """
         hidden, targets = logits.flatten(0, 1), labels.flatten()
-        rows = max(1, self.chunk // self.head.weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            total = total + checkpoint(self._part, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(self.rows), targets.split(self.rows), strict=True):
+            total = total + self.of_chunk(h, t)
         return total / targets.numel()
+
+    @property
+    def rows(self) -> int:
+        """Positions of a chunk."""
+        return max(1, self.chunk // int(self.head.weight.shape[0]))
+
+    def of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy of a chunk, 0-d; its logits are computed again.
+
+        Args:
+            hidden: shape (positions, width).
+            targets: token ids, shape (positions,).
+        """
+        summed: Tensor = checkpoint(self._part, hidden, targets, use_reentrant=False)
+        return summed
 
     def _part(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = linear(hidden, self.head.weight, self.head.bias)

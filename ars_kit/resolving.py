@@ -43,6 +43,8 @@ PRETRAINED: Mapping[str, Any] = {
 ADAPTED: Mapping[str, Any] = {"train.lr": 1e-4}
 """What adapters of a pretrained base want otherwise than all of it."""
 
+LONGEST = 1 << 24
+"""Tokens of a sequence: a mask of so many by so many has a number of bytes that is a number."""
 POSITIVE = frozenset(
     {
         *(f"train.{k}" for k in ("batch_size", "accumulation", "steps_per_iteration", "lr")),
@@ -199,8 +201,12 @@ def _check_values(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} must be two finite numbers, not {spelled(value)}")
         if key in NOT_NEGATIVE and not 0 <= value < math.inf:
             raise ConfigError(f"{key} must be 0 or more, not {value}")
-    if values["data.sequence_length"] < 2:
+    if (length := values["data.sequence_length"]) < 2:
         raise ConfigError("data.sequence_length must be 2 or more: a window and its targets")
+    if length > LONGEST:
+        raise ConfigError(
+            f"data.sequence_length {length} goes beyond {LONGEST:,} tokens; is that a slip?"
+        )
     if not 0 < (share := values["data.heldout_fraction"]) < 0.9:
         raise ConfigError(f"data.heldout_fraction must lie in (0, 0.9), not {share}")
     if not 0 <= (share := values["train.decay_fraction"]) <= 1:

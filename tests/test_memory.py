@@ -13,7 +13,7 @@ from conftest import Quiet
 from safetensors.torch import load_file
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from ars_kit import fitting
+from ars_kit import fitting, footprint
 from ars_kit.errors import ConfigError
 from ars_kit.fitting import fitted_plan, foreseen, require_fit
 from ars_kit.footprint import LiveBytes
@@ -313,6 +313,35 @@ def test_stepping_within_the_backward_pass_is_foreseen_to_save_the_gradients(
     parts = foreseen(plan, host, member, tiny, 2)
     # Of two micro-batches the gradients of the first stand.
     assert parts.gradients == pytest.approx(usual.gradients, rel=0.01)
+
+
+def test_what_many_chunks_take_is_foreseen_from_a_few(
+    host: Host, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text as long as ten chunks, of which three or all are tried; and of a longer one."""
+    peaks = []
+    for most in (99, 3):
+        monkeypatch.setattr(footprint, "CHUNKS", most)
+        long = {"data.sequence_length": 2**16, "train.batch_size": 16}
+        plan = planned(host, text_folder, **long)
+        found = foreseen(plan, host, plan.members[0], RECIPES["lean"])
+        peaks.append(found)
+    assert peaks[1].peak == pytest.approx(peaks[0].peak, rel=1e-3)
+    assert peaks[1].gradients == peaks[0].gradients
+
+
+def test_the_work_of_foreseeing_does_not_grow_with_the_text(
+    host: Host, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    part = ChunkedLoss._part
+    monkeypatch.setattr(
+        ChunkedLoss, "_part", lambda self, h, t: (made.append(len(h)), part(self, h, t))[1]
+    )
+    plan = planned(host, text_folder, **{"data.sequence_length": 10**6, "train.batch_size": 32})
+    found = foreseen(plan, host, plan.members[0], RECIPES["lean"])
+    assert found.peak > 32 * 10**6 * 66 * 4  # the hidden states alone
+    assert len(made) == 2 * footprint.CHUNKS  # once forward, once backward
 
 
 def test_tiny_without_ars_judges_the_loss_and_each_gradient(home: Home, tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def test_a_base_changes_the_defaults() -> None:
         ({"train.weight_decay": "-1"}, "train.weight_decay must be 0 or more"),
         ({"data.heldout_tokens": "0"}, "data.heldout_tokens must be greater than 0"),
         ({"data.sequence_length": "1"}, "data.sequence_length must be 2 or more"),
+        ({"data.sequence_length": str(10**12)}, "10{12} goes beyond 16,777,216 tokens"),
         ({"data.source": " "}, "data.source is empty"),
         ({"data.source": "Gr\udcf6\udcdfe"}, "data.source is not UTF-8"),
         ({"family.base": "", "family.depth": "same"}, "family.base is empty"),
