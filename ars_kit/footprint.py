@@ -9,21 +9,17 @@ in many chunks the logits of a few are made: those of one stand at a time, howev
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from ars_kit import memory
 from ars_kit.adapters import Adapters, last_blocks
-from ars_kit.backward import held, step_alone
+from ars_kit.live import LiveBytes, steps_of
 from ars_kit.models import build, parameter_groups
 
 if TYPE_CHECKING:
@@ -37,47 +33,6 @@ TRIED = (3, 4)
 """Layers that stand in for a deeper model's."""
 CHUNKS = 16
 """Chunks of a loss whose logits are made; one more, without logits, stands in for all others."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor storage made under it, real or fake.
-
-    Memory that a kernel takes and returns within itself is not seen; nor is what the allocator
-    rounds up or keeps.
-
-    Attributes:
-        now: bytes alive.
-        peak: the most there were, since it was last set.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operation, and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            # A subclass made of tensors has no memory but theirs.
-            wrapper: bool = is_traceable_wrapper_subclass(tensor)
-            if isinstance(tensor, Tensor) and not wrapper:
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata  # noqa: SLF001 -- what identifies a storage
-        if key in self._alive:
-            return
-        self._alive[key] = storage.nbytes()
-        self.now += self._alive[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +169,8 @@ def _simulate(
         positions = torch.zeros_like(window[:, 1:]) if work.apart else None
         _take_gradients(model)
         gradients = live.now - weights
-        optimizer.step()
+        steps = steps_of(optimizer, live, work.device)
+        steps.first()
         optimizer.zero_grad()
         states = live.now - weights
         if work.accumulated:
@@ -222,7 +178,7 @@ def _simulate(
         elif recipe.in_backward:
             gradients = max(p.nbytes for group in groups for p in group["params"])
         if recipe.in_backward:
-            _step_in_backward(optimizer, work)
+            steps.follow_gradients()
         peaks = dict.fromkeys(("forward", "top", "below", "bottom", "step"), 0)
 
         def phase(name: str) -> None:
@@ -242,7 +198,7 @@ def _simulate(
         loss.backward()
         phase("bottom")
         if work.device == "cpu" and not recipe.in_backward:
-            optimizer.step()
+            steps.next()
         phase("step")
     return _Phases(**peaks, weights=weights, gradients=gradients, states=states)
 
@@ -275,24 +231,6 @@ class _Without(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         shape, dtype = ctx.like
         return grad.new_zeros(shape, dtype=dtype)
-
-
-def _step_in_backward(optimizer: Optimizer, work: Work) -> None:
-    """Let each parameter be stepped as its gradient arrives, as :mod:`ars_kit.backward` does.
-
-    Elsewhere than on the CPU it holds a copy of the parameter and its state.
-    """
-
-    def arrived(group: dict[str, Any], p: Tensor) -> None:
-        if work.device == "cpu":
-            step_alone(optimizer, group, p)
-        else:
-            held(p, optimizer.state[p])
-        p.grad = None
-
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.register_post_accumulate_grad_hook(partial(arrived, group))
 
 
 def _embedded(model: PreTrainedModel) -> Sequence[Tensor]:

@@ -15,8 +15,8 @@ from ars_kit import backward
 from ars_kit.backward import InBackward, looks_at_gradients
 from ars_kit.damping import DampedOptimizer
 from ars_kit.errors import ConfigError, PluginError
-from ars_kit.footprint import LiveBytes
 from ars_kit.host import Host
+from ars_kit.live import LiveBytes
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare
 from ars_kit.models import build, parameter_groups
 from ars_kit.optim import build_optimizer

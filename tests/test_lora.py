@@ -24,9 +24,9 @@ from ars_kit.compiling import compiled
 from ars_kit.controls import plan_controls
 from ars_kit.errors import ConfigError, Preempted
 from ars_kit.fitting import fitted_plan, foreseen
-from ars_kit.footprint import LiveBytes
 from ars_kit.host import Host
 from ars_kit.ledger import counting
+from ars_kit.live import LiveBytes
 from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
 from ars_kit.models import build, load_base, parameter_groups, trained_weights, weights_of

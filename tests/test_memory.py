@@ -16,9 +16,9 @@ from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PretrainedCon
 from ars_kit import fitting, footprint
 from ars_kit.errors import ConfigError
 from ars_kit.fitting import fitted_plan, foreseen, require_fit
-from ars_kit.footprint import LiveBytes
 from ars_kit.history import read_history
 from ars_kit.host import Host
+from ars_kit.live import LiveBytes
 from ars_kit.memory import RECIPES, ChunkedLoss, prepare, whole_loss
 from ars_kit.models import build
 from ars_kit.plan import RunPlan, plan_run

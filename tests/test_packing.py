@@ -20,8 +20,8 @@ from ars_kit.data import prepare
 from ars_kit.errors import ConfigError
 from ars_kit.feed import Feed
 from ars_kit.fitting import foreseen
-from ars_kit.footprint import LiveBytes
 from ars_kit.host import Host
+from ars_kit.live import LiveBytes
 from ars_kit.memory import RECIPES, ChunkedLoss, whole_loss
 from ars_kit.memory import prepare as prepare_model
 from ars_kit.models import build

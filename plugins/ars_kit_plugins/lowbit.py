@@ -34,6 +34,8 @@ class _Adopting:
     """What both have beyond torchao's own."""
 
     param_groups: list[dict[str, Any]]
+    each_alone = True
+    """What the step of a parameter takes depends on its shape alone: see :mod:`ars_kit.live`."""
 
     def __init__(self, params: Any, lr: float, *rest: Any, **options: Any) -> None:
         super().__init__(params, lr, *rest, **options)  # type: ignore[call-arg]
