@@ -259,12 +259,12 @@ def test_runs_repeat_exactly_and_guards_show(text_file: Path, tmp_path: Path) ->
     from stability.runner import Book, Key, run_all
     from stability.task import SIZES, file_text
 
-    text, size = file_text(text_file), replace(SIZES["tiny"], steps=260, calm=1)
+    text, size = file_text(text_file), replace(SIZES["tiny"], steps=80, calm=1)
     methods, _ = installed_methods()
 
     def key(method: str, provocation: str) -> Key:
-        code = methods[method].code
-        return Key("tiny", 260, method, code, provocation, 1, 1e-2, text.digest, torch.__version__)
+        code = methods[method].code  # of seed 4, gradients are infinite at step 50
+        return Key("tiny", 80, method, code, provocation, 4, 1e-2, text.digest, torch.__version__)
 
     keys = [key(m, p) for m in ("clip", "ars") for p in ("clean", "nonfinite")]
     said: list[str] = []
@@ -277,9 +277,9 @@ def test_runs_repeat_exactly_and_guards_show(text_file: Path, tmp_path: Path) ->
     assert first[keys[1]][0] is None, "an infinite gradient kills a clipped run"
     assert first[keys[3]][0] is not None, "and ARS skips it"
 
-    assert books[0].code_of("ars", methods["ars"].code, "tiny", 260) == methods["ars"].code
-    assert books[0].code_of("ars", "newer", "tiny", 260) == methods["ars"].code
-    assert books[0].code_of("ars", "newer", "small", 260) == "newer"
+    assert books[0].code_of("ars", methods["ars"].code, "tiny", 80) == methods["ars"].code
+    assert books[0].code_of("ars", "newer", "tiny", 80) == methods["ars"].code
+    assert books[0].code_of("ars", "newer", "small", 80) == "newer"
 
     said.clear()
     again = Book(tmp_path / "0.jsonl")

@@ -454,44 +454,68 @@ def test_the_snippets_of_the_page_run(
     assert ast.literal_eval(printed[1])[0] == printed[0]
 
 
-def test_large_weights_lie_beside_the_graph_and_llama_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Return the export of a kind of checkpoint whose weights count as large, made once."""
+
+    @cache_calls
+    def make(kind: str) -> Exported:
+        path = make_checkpoint(tmp_path_factory.mktemp("beside") / kind, kind)
+        target = path.parent / "onnx"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ars_kit_serving.decoder.BIG", 1000)
+            return path, target, export(path, target, Choice("onnx"))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+def test_large_weights_lie_beside_the_graph_and_the_model_computes_the_same(
+    beside: Callable[[str], Exported], tmp_path: Path, kind: str
 ) -> None:
-    monkeypatch.setattr("ars_kit_serving.decoder.BIG", 1000)
-    path, target = make_checkpoint(tmp_path / "llama", "llama"), tmp_path / "onnx"
-    facts = export(path, target, Choice("onnx"))
+    path, made, facts = beside(kind)
+    target = tmp_path / "onnx"
+    shutil.copytree(made, target)
     assert facts["largest_difference"] <= facts["allowed"]
     assert facts["greedy"]["equal"] + facts["greedy"]["ties"] == 4
-    graph, beside = target / "model.onnx", target / "model.onnx.data"
+    graph, large = target / "model.onnx", target / "model.onnx.data"
     weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(path).parameters())
-    assert beside.stat().st_size > 0.9 * weights  # the smallest stay in the graph
-    assert facts["bytes"] == graph.stat().st_size + beside.stat().st_size
+    assert large.stat().st_size > 0.9 * weights  # the smallest stay in the graph
+    assert facts["bytes"] == graph.stat().st_size + large.stat().st_size
     assert check_directory(target) == []
-    beside.write_bytes(b"rot")
+    large.write_bytes(b"rot")
     assert "model.onnx.data" in " ".join(check_directory(target))
 
 
-@pytest.mark.parametrize(
-    ("precision", "least", "bound", "kind"),
-    [
-        ("fp32", 0.0, 1e-4, onnx.TensorProto.FLOAT),
-        pytest.param("fp16", 1e-4, 0.02, onnx.TensorProto.FLOAT16, marks=pytest.mark.slow),
-    ],
-)
-def test_qwen3_stays_within_the_bound_of_its_precision(
-    tmp_path: Path, precision: str, least: float, bound: float, kind: int
-) -> None:
-    path = make_checkpoint(tmp_path / "qwen3", "qwen3")
-    facts = export(path, tmp_path / "out", Choice("onnx", {"precision": precision}))
-    assert (
-        least <= facts["largest_difference"] <= facts["allowed"] == bound * facts["largest_logit"]
-    )
-    assert facts["greedy"]["equal"] + facts["greedy"]["ties"] == 4
-    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
-    assert {weight.data_type for weight in graph.initializer if len(weight.dims) == 2} == {kind}
+def floats(target: Path) -> tuple[set[int], list[int]]:
+    """Return the kinds of an export's matrices, and of each float that goes in or out."""
+    graph = onnx.load(str(target / "model.onnx")).graph
     fed = [node for node in (*graph.input, *graph.output) if node.name.startswith(FLOATING)]
-    assert len(fed) == 4 + 4 + 1  # keys and values of two layers, in and out, and the logits
-    assert {node.type.tensor_type.elem_type for node in fed} == {kind}
+    return (
+        {weight.data_type for weight in graph.initializer if len(weight.dims) == 2},
+        [node.type.tensor_type.elem_type for node in fed],
+    )
+
+
+IN_AND_OUT = 4 + 4 + 1
+"""Keys and values of two layers, in and out, and the logits."""
+
+
+def test_qwen3_stays_within_the_bound_of_fp32(beside: Callable[[str], Exported]) -> None:
+    _, target, facts = beside("qwen3")
+    assert facts["largest_difference"] <= facts["allowed"] == 1e-4 * facts["largest_logit"]
+    kind = onnx.TensorProto.FLOAT
+    assert floats(target) == ({kind}, [kind] * IN_AND_OUT)
+
+
+@pytest.mark.slow
+def test_qwen3_stays_within_the_bound_of_fp16(tmp_path: Path) -> None:
+    path, target = make_checkpoint(tmp_path / "qwen3", "qwen3"), tmp_path / "out"
+    facts = export(path, target, Choice("onnx", {"precision": "fp16"}))
+    assert 1e-4 <= facts["largest_difference"] <= facts["allowed"] == 0.02 * facts["largest_logit"]
+    assert facts["greedy"]["equal"] + facts["greedy"]["ties"] == 4
+    kind = onnx.TensorProto.FLOAT16
+    assert floats(target) == ({kind}, [kind] * IN_AND_OUT)
 
 
 def test_weights_in_eight_bits_are_judged_by_the_loss(checkpoint: Path, tmp_path: Path) -> None:
