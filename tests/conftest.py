@@ -41,9 +41,11 @@ WORDS = (
 )
 
 LONG = (
-    "test_package.py", "test_strategy_runs.py", "test_strategy_rules.py", "test_memory.py",
-    "test_run.py", "test_exporting.py", "test_benchmarks.py", "test_speed_benchmarks.py",
-    "test_sharded_births.py", "test_serving_load.py", "test_recovery.py", "test_docs.py",
+    "test_strategy_runs.py", "test_package.py", "test_run.py", "test_exporting.py",
+    "test_strategy_rules.py", "test_memory.py", "test_ranks.py", "test_speed_benchmarks.py",
+    "test_plugin_failures.py", "test_recovery.py", "test_lora.py", "test_controls.py",
+    "test_benchmarks.py", "test_sharded_births.py", "test_serving_load.py", "test_report.py",
+    "test_docs.py", "test_replay.py",
 )  # fmt: skip
 """The files that take longest: they go first, or the last of them would run beside nothing."""
 
@@ -145,6 +147,15 @@ class Quiet:
     def aside(self, *_: Any) -> None: ...
 
     def finished(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is reported in this process have no plots: they take as long as a small member."""
+    from ars_kit import charts
+
+    for plot in ("lines", "bars", "dots"):
+        monkeypatch.setattr(charts, plot, lambda *_, **__: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

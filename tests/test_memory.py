@@ -26,6 +26,8 @@ from ars_kit.resolving import resolve
 from ars_kit.state import pack, unpack
 from ars_kit.store import RunFolder
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,

@@ -88,6 +88,7 @@ def gate(step: int, breaks: str = "pass", made: str = "pass", state: str = "self
 def run(
     tmp_path: Path,
     cache: Path,
+    undrawn: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:

@@ -33,6 +33,8 @@ from ars_kit.texts import open_texts
 from ars_kit.tokenizer import load_fast
 from ars_kit.tokens import Batches, Replayed
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LENGTH = 4
 
 

@@ -17,7 +17,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from ars_kit import charts
 from ars_kit.cli import cli
 from ars_kit.errors import ArsKitError
 from ars_kit.host import Host, Plugin
@@ -130,12 +129,11 @@ def run(
     tmp_path: Path,
     options: Callable[..., list[str]],
     cache: Path,
+    undrawn: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """Train a family in this process; its report has no plots, which take as long as a member."""
+    """Train a family in this process."""
     monkeypatch.setenv("ARSKIT_CACHE", str(cache))
-    for plot in ("lines", "bars", "dots"):
-        monkeypatch.setattr(charts, plot, lambda *_, **__: "<svg></svg>")
 
     def call(strategy: str, *extra: str, out: str = "out") -> Outcome:
         return called(tmp_path / out, [*options(strategy), *extra])
@@ -236,7 +234,7 @@ def test_a_crash_changes_nothing(
 @pytest.mark.parametrize("strategy", ["progressive", "trunk", "prune", "duplicate"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_other_architectures_inherit_too(run: Run, strategy: str, architecture: str) -> None:
-    done = run(strategy, "--set", f"family.architecture={architecture}")
+    done = run(strategy, "--set", f"family.architecture={architecture}", "--iterations", "2,1")
     assert done.exit_code == 0, done.message
     config = json.loads((done.out / "d4" / "config.json").read_text())
     assert config["model_type"] == architecture
@@ -421,7 +419,7 @@ def test_a_promise_that_is_not_kept_stops_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer(monkeypatch, liar=Liar)
-    done = run("liar")
+    done = run("liar", "--iterations", "1,1")
     assert done.exit_code == 4
     assert "(arskit-test 1) promised that d3 computes what d2 does" in done.message
     found = re.search(r"a logit differs by (\S+) \(allowed: (\S+)\)", done.message)
