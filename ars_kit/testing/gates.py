@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -216,15 +216,17 @@ def _state(gate: DampingGate, step: int) -> dict[str, Any]:
 
 
 def _check_resume(make: Callable[[], DampingGate], seed: int) -> None:
-    """Compare a gate restored in mid-course with one that went on, bit for bit."""
+    """Compare gates restored in mid-course with one that went on, bit for bit."""
     for pause in (0, 7, 1500):
         signals = list(loss_sequences(pause + 700, seed + 1))
+        whole = make()
+        for signal in signals[:pause]:
+            whole(signal)
+        resumed: dict[str, DampingGate] = {}
         for way, through in (("torch.save", _saved), ("a checkpoint", _packed)):
-            whole, again = make(), make()
-            for signal in signals[:pause]:
-                whole(signal)
+            resumed[f"a gate resumed through {way}"] = again = make()
             again.load_state_dict(through(_state(whole, pause), pause))
-            _compare(f"a gate resumed through {way}", whole, again, signals[pause:])
+        _compare(whole, resumed, signals[pause:])
 
 
 def _saved(state: dict[str, Any], step: int) -> Any:
@@ -246,23 +248,26 @@ def _packed(state: dict[str, Any], _: int) -> Any:
 
 def _check_determinism(make: Callable[[], DampingGate], seed: int) -> None:
     signals = list(loss_sequences(3 * BLOCK, seed + 2))
-    _compare("a second gate shown the same losses", make(), make(), signals)
+    _compare(make(), {"a second gate shown the same losses": make()}, signals)
 
 
-def _compare(what: str, one: DampingGate, two: DampingGate, signals: list[StepSignal]) -> None:
+def _compare(
+    one: DampingGate, others: Mapping[str, DampingGate], signals: Sequence[StepSignal]
+) -> None:
     answers = [
         # Asked in turns: gates that draw from one global generator do not agree by chance.
-        (_factors(one(signal), signal), _factors(two(signal), signal))
+        [_factors(gate(signal), signal) for gate in (one, *others.values())]
         for signal in signals
     ]
-    a, b = (torch.stack(rows) for rows in zip(*answers, strict=True))
-    differ = ~torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all(1)
-    if differ.any():
-        at = int(differ.nonzero()[0])
-        raise ConformanceError(
-            f"{what} must answer exactly alike; at step {signals[at].step} it answers "
-            f"{_pair(b[at])}, not {_pair(a[at])}"
-        )
+    a, *rest = (torch.stack(rows) for rows in zip(*answers, strict=True))
+    for what, b in zip(others, rest, strict=True):
+        differ = ~torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all(1)
+        if differ.any():
+            at = int(differ.nonzero()[0])
+            raise ConformanceError(
+                f"{what} must answer exactly alike; at step {signals[at].step} it answers "
+                f"{_pair(b[at])}, not {_pair(a[at])}"
+            )
 
 
 def _check_no_wait(gate: DampingGate, seed: int) -> None:
