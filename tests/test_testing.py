@@ -11,7 +11,7 @@ from conftest import installed
 
 from ars_kit.settings import Choice
 from ars_kit.spec import Damping, StepSignal
-from ars_kit.testing import ConformanceError, check_gate
+from ars_kit.testing import ConformanceError, check_gate, gates
 from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
 
 BUILT_IN = ("guard", "surprise", "entropy", "norm-memory", "jitter", "clip")
@@ -167,14 +167,23 @@ def test_a_good_gate_passes() -> None:
         (SaysAnother, r"must stay the same; at step 50 it is \[.late.\], not \[.early.\]"),
     ],
 )
-def test_a_broken_rule_is_named(gate: type[Half], message: str) -> None:
+def test_a_broken_rule_is_named(
+    gate: type[Half], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 10_000 if gate is Hoards else short(monkeypatch)
     with pytest.raises(ConformanceError, match=message):
-        check_gate(gate)
+        check_gate(gate, steps=steps)
+
+
+def short(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let sequences have 250 losses; returns how many show all ten kinds of them."""
+    monkeypatch.setattr(gates, "BLOCK", 250)
+    return 2500
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_built_in_gates_keep_the_rules(name: str) -> None:
-    check_gate(MAKERS[name], steps=4000)
+def test_the_built_in_gates_keep_the_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gate(MAKERS[name], steps=short(monkeypatch))
 
 
 @pytest.mark.slow
