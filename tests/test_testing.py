@@ -12,6 +12,7 @@ from conftest import installed
 from ars_kit.settings import Choice
 from ars_kit.spec import Damping, StepSignal
 from ars_kit.testing import ConformanceError, check_gate, gates
+from ars_kit_plugins.gating import EntropyGuard
 from ars_kit_plugins.published import PaperGate, PlanEntropyGuard, PlanSurpriseGate
 
 BUILT_IN = ("guard", "surprise", "entropy", "norm-memory", "jitter", "clip")
@@ -86,6 +87,13 @@ class Forgets(Half):
         pass
 
 
+class BeginsAnew(EntropyGuard):
+    """Its memory shows only while it damps."""
+
+    def load_state_dict(self, state: Any) -> None:
+        self.window = None
+
+
 class Draws(Half):
     def __call__(self, signal: StepSignal) -> Any:
         return torch.rand(())
@@ -157,6 +165,7 @@ def test_a_good_gate_passes() -> None:
         (Lists, r"must not wait for the device .* at step 0 it calls tolist"),
         (GoesToNumpy, r"must not wait for the device .* at step 0 it calls numpy"),
         (Forgets, r"resumed through torch.save must answer exactly alike; at step \d+"),
+        (BeginsAnew, r"resumed through torch.save must answer exactly alike; at step \d+"),
         (Draws, r"must answer exactly alike; at step 0 it answers \(gradient 0\.\d+"),
         (Hoards, r"memory must not grow .* \d+ numbers after step 5000 and \d+ after step 10000"),
         (KeepsObjects, r"state_dict must hold .* at step \d+: /where holds a set"),
@@ -168,7 +177,7 @@ def test_a_good_gate_passes() -> None:
     ],
 )
 def test_a_broken_rule_is_named(
-    gate: type[Half], message: str, monkeypatch: pytest.MonkeyPatch
+    gate: type[Half | EntropyGuard], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 10_000 if gate is Hoards else short(monkeypatch)
     with pytest.raises(ConformanceError, match=message):

@@ -217,7 +217,7 @@ def _state(gate: DampingGate, step: int) -> dict[str, Any]:
 
 def _check_resume(make: Callable[[], DampingGate], seed: int) -> None:
     """Compare gates restored in mid-course with one that went on, bit for bit."""
-    for pause in (0, 7, 1500):
+    for pause in (0, 7, 2 * BLOCK + BLOCK // 2):  # the last where gates that look for periods damp
         signals = list(loss_sequences(pause + 700, seed + 1))
         whole = make()
         for signal in signals[:pause]:
