@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ars_kit.live import LiveBytes
 from ending import run
 from transformers import PretrainedConfig, Qwen2Config, __version__
 
@@ -28,6 +27,7 @@ from ars_kit.backward import InBackward
 from ars_kit.figures import device_name
 from ars_kit.footprint import Work, footprint
 from ars_kit.host import Host
+from ars_kit.live import LiveBytes
 from ars_kit.lora import Lora, parse_trainable
 from ars_kit.memory import RECIPES, ChunkedLoss, Recipe, prepare, whole_loss
 from ars_kit.models import build, count_parameters, parameter_groups
