@@ -52,8 +52,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 GENERATE, MATRICES = "generate()", "the matrices alone"
 DEFAULT = "arskit serve, genai"
 """What ``auto`` chooses for these checkpoints."""
-ROUNDED = f"{DEFAULT}:precision=int4"
-"""The same with rounded weights, for who asks for it."""
+ROUNDED = {f"{DEFAULT}:precision={precision}": precision for precision in ("int8", "int4")}
+"""The same with rounded weights, for who asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,13 +217,13 @@ def judge_proxy(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
 
 
 def judge(cells: Cells, checkpoint: str) -> list[dict[str, Any]]:
-    """Return which bars the default met, and where it was measured its rounded form."""
+    """Return which bars the default met, and its rounded forms that were measured."""
     judged = []
-    measured = [name for name in (DEFAULT, ROUNDED) if name == DEFAULT or (name, 1) in cells]
+    measured = [name for name in (DEFAULT, *ROUNDED) if name == DEFAULT or (name, 1) in cells]
     for name, bar in product(measured, BARS):
         mine, peer = cells.get((name, bar.clients)), cells.get((bar.than, bar.clients))
         many = f"{bar.clients} client{'s' * (bar.clients > 1)}"
-        whose = checkpoint if name == DEFAULT else f"{checkpoint}, int4"
+        whose = checkpoint if name == DEFAULT else f"{checkpoint}, {ROUNDED[name]}"
         claim = f"{whose}: {bar.ratio:g} times as fast as {bar.than} for {many}"
         if mine is None or peer is None:
             judged.append({"claim": claim, "met": None, "figures": "-"})

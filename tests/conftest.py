@@ -44,8 +44,8 @@ LONG = (
     "test_strategy_runs.py", "test_package.py", "test_run.py", "test_exporting.py",
     "test_strategy_rules.py", "test_memory.py", "test_ranks.py", "test_speed_benchmarks.py",
     "test_plugin_failures.py", "test_recovery.py", "test_lora.py", "test_controls.py",
-    "test_benchmarks.py", "test_sharded_births.py", "test_serving_load.py", "test_report.py",
-    "test_docs.py", "test_replay.py",
+    "test_stability_benchmark.py", "test_benchmarks.py", "test_sharded_births.py",
+    "test_serving_load.py", "test_report.py", "test_docs.py", "test_replay.py",
 )  # fmt: skip
 """The files that take longest: they go first, or the last of them would run beside nothing."""
 
