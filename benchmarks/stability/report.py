@@ -23,7 +23,7 @@ from stability.task import Size
 REFERENCE = "clip"
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     """Return the versions and the processor that results depend on."""
     machine = torch.cuda.get_device_name() if device == "cuda" else _processor()
     found = {"python": platform.python_version(), "machine": machine}
