@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -209,6 +210,34 @@ def trainer_loop(
         turns.done.acquire()
 
     return Loop(block, model)
+
+
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    """Return the process's own time where it is one thread of a CPU, else the wall's."""
+    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+
+
+def timed(
+    loops: Mapping[str, Loop], rounds: int, block: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return each loop's seconds a step, round by round; the first round warms up.
+
+    They take turns step by step: what disturbs one for a while disturbs the others too.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for number in range(rounds + 1):
+        spent = dict.fromkeys(names, 0.0)
+        for step in range(number * block, (number + 1) * block):
+            turn = step % len(names)
+            for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
+                begin = clock()
+                loops[name].block(step, 1)
+                spent[name] += clock() - begin
+        if number:
+            for name in names:
+                seconds[name].append(spent[name] / block)
+    return seconds
 
 
 def groups_of(plan: RunPlan, model: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the training loop costs over a bare PyTorch loop, paired in one process.
 
-Four loops train copies of one model on the same batches, a few steps each in turn:
+Four loops train copies of one model on the same batches, in turns step by step, each in a thread of
+its own; on one thread the clock is the process's own time, which neighbours do not stretch:
 
 - ``bare``: forward, backward, fused AdamW, learning rate set by hand, loss read every tenth step;
 - ``bare+clip``: the same with ``clip_grad_norm_(1.0)``, as most loops have it;
@@ -18,7 +19,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from ending import chosen, run
-from loops import LOG_EVERY, Loop, Silent, factor_of, groups_of
+from loops import LOG_EVERY, Loop, Silent, alone, clock_of, factor_of, groups_of, timed
 from torch.nn.functional import cross_entropy
 
 from ars_kit.host import Host
@@ -119,7 +119,7 @@ def our_loop(plan: RunPlan, batches: Batches, host: Host, folder: RunFolder, *, 
 
 
 def compare(
-    size: str, *, rounds: int, block: int, host: Host
+    size: str, *, rounds: int, block: int, threads: int, host: Host
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return each loop's seconds per step, round by round, and what was run."""
     steps = (rounds + 1) * block
@@ -141,15 +141,8 @@ def compare(
         for name in ("adamw", "ars"):
             folder = RunFolder(Path(scratch, name))
             loops[name] = our_loop(plan, batches, host, folder, name=name)
-        seconds: dict[str, list[float]] = {name: [] for name in loops}
-        for number in range(rounds + 1):
-            names = list(loops)
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
-                begin = time.perf_counter()
-                loops[name].block(number * block, block)
-                if number:  # the first round warms up
-                    seconds[name].append((time.perf_counter() - begin) / block)
+        apart = {name: alone(loop) for name, loop in loops.items()}
+        seconds = timed(apart, rounds, block, clock_of(plan.device, threads))
     _require_same(loops["bare"].model, loops["adamw"].model)
     facts = {
         "size": size,
@@ -160,11 +153,11 @@ def compare(
     return seconds, facts
 
 
-def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return each loop's median ratio to the bare one, with the quartiles of the rounds."""
+def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, dict[str, float]]:
+    """Return each loop's median ratio to one of them, with the quartiles of the rounds."""
     found = {}
     for name, times in seconds.items():
-        pairs = [t / b for t, b in zip(times, seconds["bare"], strict=True)]
+        pairs = [t / b for t, b in zip(times, seconds[to], strict=True)]
         low, middle, high = statistics.quantiles(pairs, n=4)
         found[name] = {"ratio": middle, "q1": low, "q3": high, "ms": 1e3 * statistics.median(times)}
     return found
@@ -214,9 +207,16 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
         for size in chosen("size", options.sizes, SIZES):
-            seconds, facts = compare(size, rounds=options.rounds, block=options.block, host=host)
-            found = ratios(seconds)
-            rows[size] = {**facts, **how, "loops": found}
+            seconds, facts = compare(
+                size,
+                rounds=options.rounds,
+                block=options.block,
+                threads=options.threads,
+                host=host,
+            )
+            found = ratios(seconds, "bare")
+            gates = ratios({k: seconds[k] for k in ("adamw", "ars")}, "adamw")["ars"]
+            rows[size] = {**facts, **how, "loops": found, "gates": gates}
             for name, r in found.items():
                 print(
                     f"| {size}, {facts['parameters']:,} | {name} | {r['ms']:.1f} "

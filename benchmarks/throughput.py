@@ -34,7 +34,16 @@ import torch
 import transformers
 from ending import chosen, run
 from fabric_loop import fabric_loop
-from loops import Loop, alone, bare_loop, our_job, our_loop, trainer_loop, wait
+from loops import (
+    alone,
+    bare_loop,
+    clock_of,
+    our_job,
+    our_loop,
+    timed,
+    trainer_loop,
+    wait,
+)
 
 from ars_kit.heap import keep_freed_memory
 from ars_kit.host import Host
@@ -138,8 +147,8 @@ def compare(
             "fabric+clip": alone(fabric_loop(plan, batches, steps, clip=CLIP)),
         }
         device = torch.device(plan.device)
-        clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
-        seconds = _timed(loops, rounds, block, clock)
+        clock = clock_of(plan.device, threads)
+        seconds = timed(loops, rounds, block, clock)
         apart = {
             f"{a} and {b}": _apart(plan, loops[a].model, loops[b].model, f"{a} and {b}")
             for a, b in ALIKE
@@ -179,26 +188,6 @@ def _apart(plan: RunPlan, one: Any, other: Any, names: str) -> float:
     if share > SAME:
         raise SystemExit(f"{names} did not do the same work: {share:.1%} apart")
     return share
-
-
-def _timed(
-    loops: Mapping[str, Loop], rounds: int, block: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Return each loop's seconds a step, round by round; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    names = list(loops)
-    for number in range(rounds + 1):
-        spent = dict.fromkeys(names, 0.0)
-        for step in range(number * block, (number + 1) * block):
-            turn = step % len(names)
-            for name in names[turn:] + names[:turn]:  # nobody always runs on a warm cache
-                begin = clock()
-                loops[name].block(step, 1)
-                spent[name] += clock() - begin
-        if number:
-            for name in names:
-                seconds[name].append(spent[name] / block)
-    return seconds
 
 
 def breakdown(job: Trainee, first: int, count: int) -> dict[str, float]:

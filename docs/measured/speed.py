@@ -35,7 +35,8 @@ def overhead(_: str) -> str:
     """Return what ARS costs over its base optimizer alone."""
     rows = []
     for s in read("step_overhead")["sizes"]:
-        for name, r in s["loops"].items():
+        gates = {"ars, against adamw": s["gates"]} if "gates" in s else {}
+        for name, r in {**s["loops"], **gates}.items():
             if name != "bare":
                 spread = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
                 model = f"{s['size']}, {s['parameters']:,} parameters"
