@@ -9,21 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+MAIN = "main"
 
-def place_of(name: str) -> tuple[str, str | None]:
+
+def place_of(name: str) -> tuple[str, str]:
     """Return where a base is, and at which revision.
 
     Args:
         name: a directory, or a hub id with or without ``@`` and a branch, tag or commit.
 
     Returns:
-        The directory's path or the hub id, and the revision; None where none is named.
+        The directory's path or the hub id, and the revision: the main branch where none is named.
     """
     path = Path(name).expanduser()
     if path.exists():
-        return str(path), None
+        return str(path), MAIN
     repository, _, revision = name.partition("@")
-    return (repository, revision) if repository and revision else (name, None)
+    return (repository, revision) if repository and revision else (name, MAIN)
 
 
 def pinned(name: str) -> str:

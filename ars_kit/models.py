@@ -70,7 +70,7 @@ def load_base_config(name: str) -> PretrainedConfig:
         raise ConfigError(f"base {name!r} {what}")
     try:
         place, revision = place_of(name)
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **_revision(revision))
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, revision=revision)
     except Exception as error:  # the hub raises a dozen kinds
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -90,7 +90,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     load_base_config(name)
     try:
         place, revision = place_of(name)
-        model = _from_pretrained(place, dtype, **_revision(revision))
+        model = _from_pretrained(place, dtype, revision=revision)
     except Exception as error:
         raise ConfigError(f"cannot load base {name!r}: {_reason(error)}") from error
     require_causal(name, model)
@@ -128,10 +128,6 @@ def _forget_remote_code(config: PretrainedConfig) -> None:
     """Drop the pointer to a repository's own code: transformers' class is the one that runs."""
     if hasattr(config, "auto_map"):
         del config.auto_map
-
-
-def _revision(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
 
 
 def _reason(error: BaseException) -> str:

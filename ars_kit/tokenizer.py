@@ -121,9 +121,8 @@ def load_pretrained(name: str) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415 -- slow
 
     place, revision = place_of(name)
-    named = {} if revision is None else {"revision": revision}
     try:
-        fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **named)
+        fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
     except Exception as error:  # hub, file and format errors share no class
         lines = str(error).strip().splitlines() or [repr(error)]
         raise DataError(f"cannot load the tokenizer of {name!r}: {lines[0]}") from error

@@ -57,14 +57,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("acme/tiny", ("acme/tiny", None)),
+        ("acme/tiny", ("acme/tiny", "main")),
         ("acme/tiny@v1.0", ("acme/tiny", "v1.0")),
         ("acme/tiny@pr/7", ("acme/tiny", "pr/7")),
-        ("acme/tiny@", ("acme/tiny@", None)),
-        ("@v1.0", ("@v1.0", None)),
+        ("acme/tiny@", ("acme/tiny@", "main")),
+        ("@v1.0", ("@v1.0", "main")),
     ],
 )
-def test_a_revision_stands_behind_the_name(name: str, place: tuple[str, str | None]) -> None:
+def test_a_revision_stands_behind_the_name(name: str, place: tuple[str, str]) -> None:
     assert place_of(name) == place
 
 
@@ -73,7 +73,7 @@ def test_a_directory_may_have_an_at_in_its_name(
 ) -> None:
     (tmp_path / "acme" / "tiny@v1").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert place_of("acme/tiny@v1") == ("acme/tiny@v1", None)
+    assert place_of("acme/tiny@v1") == ("acme/tiny@v1", "main")
 
 
 def test_a_run_keeps_the_commit_that_it_began_with(
