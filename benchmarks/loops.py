@@ -60,7 +60,14 @@ class Silent:
         """Hear of steps."""
 
 
-def bare_loop(plan: RunPlan, batches: Batches, steps: int, *, log_every: int = LOG_EVERY) -> Loop:
+def bare_loop(
+    plan: RunPlan,
+    batches: Batches,
+    steps: int,
+    *,
+    clip: float | None = None,
+    log_every: int = LOG_EVERY,
+) -> Loop:
     """The loop that anybody would write, one function a step; every 1, it reads as nanochat's."""
     device, train = torch.device(plan.device), plan.settings.train
     model: Any = build(plan.members[0].config, seed=0).train().to(plan.device)
@@ -78,6 +85,8 @@ def bare_loop(plan: RunPlan, batches: Batches, steps: int, *, log_every: int = L
             logits = forward(input_ids=window[:, :-1], use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
         loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

@@ -20,29 +20,23 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from ending import chosen, run
-from loops import LOG_EVERY, Loop, Silent, alone, clock_of, factor_of, groups_of, timed
-from torch.nn.functional import cross_entropy
+from loops import alone, bare_loop, clock_of, our_job, our_loop, timed
 
 from ars_kit.host import Host
-from ars_kit.keeping import log
-from ars_kit.models import build, weights_of
-from ars_kit.optim import build_optimizer
+from ars_kit.models import weights_of
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
-from ars_kit.train import remember_peaks, train_step
-from ars_kit.trainee import Stop, Trainee
 
-BAR = 1.03
+BAR, CLIP = 1.03, 1.0
 SIZES: dict[str, dict[str, Any]] = {
     "embedded d18": {},
     "wide d18": {"family.aspect": 0.8, "family.head_dim": 64},
@@ -55,67 +49,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "train.batch_size": 4,
     },
 }
-
-
-def bare_loop(plan: RunPlan, batches: Batches, steps: int, *, clip: bool) -> Loop:
-    """The loop that anybody would write."""
-    member, train = plan.members[0], plan.settings.train
-    model = build(member.config, seed=0).train()
-    groups = groups_of(plan, model)
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-
-    def block(first: int, count: int) -> None:
-        for step in range(first, first + count):
-            factor = factor_of(plan, step, steps)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            window = torch.from_numpy(batches.batch(step))
-            logits = model(input_ids=window[:, :-1], use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
-            loss.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if (step + 1) % LOG_EVERY == 0:
-                loss.item()
-
-    return Loop(block, model)
-
-
-def our_loop(plan: RunPlan, batches: Batches, host: Host, folder: RunFolder, *, name: str) -> Loop:
-    """The product's own, without the saving."""
-    settings = resolve({**_flags(plan), "optimizer.name": name}, {}, None)
-    member = plan_run(settings, host).members[0]
-    accelerator = Accelerator(cpu=plan.device == "cpu")
-    model = build(member.config, seed=0)
-    optimizer = build_optimizer(
-        host, settings.optimizer, groups_of(plan, model), lr=settings.train.lr, position=0.0
-    )
-    remember_peaks(optimizer)
-    job = Trainee(
-        plan=member,
-        settings=settings,
-        model=model,
-        optimizer=optimizer,
-        batches=batches,
-        accelerator=accelerator,
-        folder=folder,
-        watcher=Silent(),
-        stop=Stop(),
-        warmup=settings.train.warmup_steps,
-    )
-    wrapped = accelerator.prepare(model).train()
-    job.meter.start(accelerator.device)
-
-    def block(first: int, count: int) -> None:
-        for step in range(first, first + count):
-            train_step(job, wrapped, step)
-            if (step + 1) % LOG_EVERY == 0:
-                log(job, step + 1)
-
-    return Loop(block, model)
 
 
 def compare(
@@ -133,14 +66,15 @@ def compare(
         batch_size=plan.settings.train.batch_size,
         seed=0,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         loops = {
-            "bare": bare_loop(plan, batches, steps, clip=False),
-            "bare+clip": bare_loop(plan, batches, steps, clip=True),
+            "bare": bare_loop(plan, batches, steps),
+            "bare+clip": bare_loop(plan, batches, steps, clip=CLIP),
         }
         for name in ("adamw", "ars"):
-            folder = RunFolder(Path(scratch, name))
-            loops[name] = our_loop(plan, batches, host, folder, name=name)
+            settings = resolve({**_flags(plan), "optimizer.name": name}, {}, None)
+            job = our_job(plan_run(settings, host), batches, RunFolder(Path(scratch, name)))
+            loops[name] = our_loop(job, stack, compiling=False)
         apart = {name: alone(loop) for name, loop in loops.items()}
         seconds = timed(apart, rounds, block, clock_of(plan.device, threads))
     _require_same(loops["bare"].model, loops["adamw"].model)
