@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,3 +34,15 @@ def chosen(what: str, given: str, known: Iterable[str]) -> list[str]:
         if name not in there:
             raise ConfigError(f"no {what} {name!r}; there are {', '.join(there)}")
     return names
+
+
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers that a flag gives with commas between, for argparse's ``type``.
+
+    Raises:
+        ArgumentTypeError: it gives something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None

@@ -30,7 +30,7 @@ import numpy as np
 import sacrebleu
 import torch
 import transformers
-from ending import run
+from ending import numbers, run
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ars_kit.data import Corpus, prepare
@@ -206,7 +206,7 @@ def speed_of(options: argparse.Namespace) -> dict[str, Any]:
         "bar": {"ratio": BAR, "largest_relative_difference": TOLERANCE},
         "speed": [],
     }
-    ways = itertools.product(_numbers(options.threads), _numbers(options.depths), texts.items())
+    ways = itertools.product(options.threads, options.depths, texts.items())
     for threads, depth, (text, corpus) in ways:
         torch.set_num_threads(threads)
         config = embedded_config(depth, vocab_size=VOCABULARY, context=options.context)
@@ -224,23 +224,23 @@ def speed_of(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def main() -> None:
     """Measure, print, and write the figures where they are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", default="stdlib", help="a source of text")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "arskit")
-    parser.add_argument("--depths", default="10,18", help="shapes of the default family's members")
+    parser.add_argument(
+        "--depths", type=numbers, default="10,18", help="shapes of the default family's members"
+    )
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8000, help="read so many, or a little more")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     cores = ",".join(map(str, sorted({1, os.cpu_count() or 1})))
-    parser.add_argument("--threads", default=cores, help="one, and all, as arskit evaluate takes")
+    parser.add_argument(
+        "--threads", type=numbers, default=cores, help="one, and all, as arskit evaluate takes"
+    )
     parser.add_argument("--bleu", type=Path, help="a member that was judged with bleu")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()

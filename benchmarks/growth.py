@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ending import chosen, run
+from ending import chosen, numbers, run
 
 from ars_kit import models
 from ars_kit.data import prepare
@@ -341,7 +341,7 @@ def main() -> None:
     """Measure every kind and say what grows worse than in proportion."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kinds", default=",".join(MEASURES), help="names, commas between")
-    parser.add_argument("--sizes", help="of the one kind, in place of its own")
+    parser.add_argument("--sizes", type=numbers, help="of the one kind, in place of its own")
     parser.add_argument("--full", action="store_true", help="to the largest sizes")
     parser.add_argument("--json", type=Path, help="write the figures here; other kinds there stay")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
@@ -353,7 +353,7 @@ def main() -> None:
     ranges = {**DEFAULT, **(FULL if options.full else {})}
     kinds = chosen("kind", options.kinds, MEASURES)
     if options.sizes:
-        ranges |= dict.fromkeys(kinds, tuple(map(int, options.sizes.split(","))))
+        ranges |= dict.fromkeys(kinds, tuple(options.sizes))
     found = [measure(kind, ranges[kind]) for kind in kinds]
     for line in worse(found):
         print(f"worse than in proportion: {line}")

@@ -60,6 +60,8 @@ def test_the_loops_do_the_same_work() -> None:
         ("kept_memory", ["--sizes=1M"], "kept_memory.py: no size '1M'; there are "),
         ("step_overhead", ["--sizes=1M"], "step_overhead.py: no size '1M'; there are "),
         ("growth", ["--kinds=txt"], "growth.py: no kind 'txt'; there are text, "),
+        ("growth", ["--sizes=ten"], "growth.py: .*--sizes: 'ten' is not numbers with commas"),
+        ("evaluation", ["--depths=x"], "evaluation.py: .*--depths: 'x' is not numbers with"),
         ("vram", ["--trainable=lora:r=0"], "vram.py: .*r must be 1 or more"),
         ("evaluation", ["--data=nowhere"], "evaluation.py: no such file or folder: nowhere"),
     ],

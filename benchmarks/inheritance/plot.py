@@ -86,7 +86,7 @@ def _losses(axes: Axes, results: Results, shown: Mapping[str, float]) -> None:
             linewidth=1,
         )
         if arm == "lineage":
-            _curves(axes, families[0], order, COLOURS[arm])
+            _curves(axes, families[0], order, arm)
     axes.set(
         xscale="log", xlabel="FLOPs of a member and its ancestors", ylabel="held-out nats a token"
     )
@@ -99,13 +99,16 @@ def _losses(axes: Axes, results: Results, shown: Mapping[str, float]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _curves(axes: Axes, family: Members, order: Sequence[int], colour: str) -> None:
+def _curves(axes: Axes, family: Members, order: Sequence[int], arm: str) -> None:
     """Draw the training loss between births, faint: it is noisy and of other text."""
+    label: str | None = f"{arm}, its training loss"
     for i in order:
         born = family[i]
         before = born.lineage_flops - born.flops
         x = [before + flops for flops, _ in born.curve]
-        axes.plot(x, [loss for _, loss in born.curve], color=colour, alpha=0.3, linewidth=0.8)
+        losses = [loss for _, loss in born.curve]
+        axes.plot(x, losses, color=COLOURS[arm], alpha=0.3, linewidth=0.8, label=label)
+        label = None
 
 
 def _gaps(axes: Axes, results: Results, shown: Mapping[str, float]) -> None:
