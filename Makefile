@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: run test lint kill-test bench throughput growth serving-bench fuzz crowd soak vllm-bench vllm-test detector stability report docs package-check clean
+.PHONY: run test lint kill-test bench throughput growth serving-bench fuzz crowd soak test-oldest vllm-bench vllm-test detector stability report docs package-check clean
 
 run: $(VENV)/.installed
 	$(BIN)/arskit run --strategy progressive --optimizer ars
@@ -22,6 +23,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# With the oldest versions that pyproject.toml allows; some warn of what newer ones have mended.
+test-oldest: export OMP_NUM_THREADS ?= 1
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder -o filterwarnings=default -m "not slow and not gpu"
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests/test_kill.py tests/test_strategy_runs.py \
@@ -106,5 +113,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(COMPILE)
 	touch $(VENV)/.installed $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -81,9 +81,9 @@ def _reason(host: Host, settings: OptimizerSettings, accelerator: Accelerator) -
             whole[role].grad = gradient
             parts[role].grad = dealt(gradient, parts[role])
         if step == STEPS - 1:
-            kept = gathered(two.state_dict(), keep=True)
             if any(is_quantised(value) for value in _moments(two)):
                 return "moments of few bits are not kept in parts"
+            kept = gathered(two.state_dict(), keep=True)
             two = make_base(host, settings, _groups(parts))
             two.load_state_dict(dealt_state(kept, two))
         one.step()

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -231,3 +232,17 @@ def test_the_plugins_own_tests_pass(installed: Installed, tmp_path: Path) -> Non
     done = installed.run("python", "-m", "pytest", "-q", ".", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
+
+
+def test_the_oldest_versions_tested_are_the_oldest_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    kinds = ("bench", "lm-eval", "lora", "lowbit")
+    asked = [*project["dependencies"], *(text for kind in kinds for text in extras[kind])]
+    bounds = {
+        f"{wanted.name}=={bound.version}"
+        for wanted in map(Requirement, asked)
+        for bound in wanted.specifier
+        if bound.operator == ">="
+    }
+    assert {*(ROOT / "constraints-oldest.txt").read_text("utf-8").split()} == bounds

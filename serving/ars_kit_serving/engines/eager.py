@@ -64,9 +64,9 @@ class EagerEngine(PaddedEngine):
             self._forward(torch.tensor([[0, 0]]), cache)
         except (AttributeError, IndexError, TypeError, ValueError):  # it takes another kind
             return False
-        # Of each kind of layer one: some share another's.
-        filled = {type(layer) for layer in cache.layers if _is_filled(layer)}
-        return bool(filled) and all(type(layer) in filled for layer in cache.layers)
+        # Every layer: before transformers 5.23 those of RecurrentGemma that keep a state within
+        # the model stand in the cache as empty ones of attention.
+        return bool(cache.layers) and all(map(_is_filled, cache.layers))
 
     def prefill(self, slot: int, tokens: Sequence[int]) -> Logits:
         """Compute a prompt by itself."""
