@@ -43,14 +43,14 @@ class Loop:
     model: Any
 
 
-def alone(loop: Loop) -> Loop:
-    """Return the loop in a thread of its own, as the Trainer's is.
+def alone(loop: Loop, thread: ThreadPoolExecutor | None = None) -> Loop:
+    """Return the loop in a thread of its own, as the Trainer's is, or in one that is given.
 
     A C library hands threads memory from pools of their own, and what is given back to the system
     after each step, to be cleared when it is asked for again, differs between the first and others.
     """
-    thread = ThreadPoolExecutor(max_workers=1)
-    return Loop(lambda first, count: thread.submit(loop.block, first, count).result(), loop.model)
+    own = thread or ThreadPoolExecutor(max_workers=1)
+    return Loop(lambda first, count: own.submit(loop.block, first, count).result(), loop.model)
 
 
 class Silent:

@@ -8,18 +8,25 @@ its own; on one thread the clock is the process's own time, which neighbours do 
 - ``adamw``: ``arskit run --optimizer adamw`` (accelerate, batches, guard, history, meter);
 - ``ars``: ``arskit run --optimizer ars``, every gate of it.
 
-The ratio of each round's times to the bare loop's is what counts; absolute times of a shared
-machine do not. ``bare`` and ``adamw`` must end with bitwise the same weights, or it is void.
+Two copies of a model differ by where their memory lies, which is more than what ARS costs. So a
+fifth, ``ars, gates left out``, takes turns with ``ars`` on one model, one base optimizer and one
+thread: of each two steps one asks the gates and the other lets the base step as it is.
+
+The ratio of each round's times to the bare loop's is what counts, and for the gates that to the
+loop without them; absolute times of a shared machine do not. ``bare`` and ``adamw`` must end with
+bitwise the same weights, or it is void.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,14 +36,19 @@ import torch
 from ending import chosen, run
 from loops import alone, bare_loop, clock_of, our_job, our_loop, timed
 
+from ars_kit.heap import keep_freed_memory
 from ars_kit.host import Host
+from ars_kit.measure import Meter
 from ars_kit.models import weights_of
 from ars_kit.plan import RunPlan, plan_run
 from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
+from ars_kit.trainee import Trainee
+from ars_kit.undamped import Undamped
 
 BAR, CLIP = 1.03, 1.0
+OURS, LEFT_OUT = "ars", "ars, gates left out"
 SIZES: dict[str, dict[str, Any]] = {
     "embedded d18": {},
     "wide d18": {"family.aspect": 0.8, "family.head_dim": 64},
@@ -48,11 +60,17 @@ SIZES: dict[str, dict[str, Any]] = {
         "data.sequence_length": 64,
         "train.batch_size": 4,
     },
+    # As many as arskit run takes unless told otherwise.
+    "50M d14 whole batch": {
+        "family.members": "d14",
+        "family.aspect": 4.571,
+        "family.head_dim": 64,
+    },
 }
 
 
 def compare(
-    size: str, *, rounds: int, block: int, threads: int, host: Host
+    size: str, *, rounds: int, block: int, threads: int, host: Host, gates_alone: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return each loop's seconds per step, round by round, and what was run."""
     steps = (rounds + 1) * block
@@ -66,18 +84,24 @@ def compare(
         batch_size=plan.settings.train.batch_size,
         seed=0,
     )
+    if plan.device == "cpu":
+        keep_freed_memory()  # as arskit run does
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        job, thread = _job(plan, OURS, batches, folder), ThreadPoolExecutor(max_workers=1)
+        left_out = our_loop(_without_gates(job, folder), stack, compiling=False)
         loops = {
-            "bare": bare_loop(plan, batches, steps),
-            "bare+clip": bare_loop(plan, batches, steps, clip=CLIP),
+            OURS: alone(our_loop(job, stack, compiling=False), thread),
+            LEFT_OUT: alone(left_out, thread),
         }
-        for name in ("adamw", "ars"):
-            settings = resolve({**_flags(plan), "optimizer.name": name}, {}, None)
-            job = our_job(plan_run(settings, host), batches, RunFolder(Path(scratch, name)))
-            loops[name] = our_loop(job, stack, compiling=False)
-        apart = {name: alone(loop) for name, loop in loops.items()}
-        seconds = timed(apart, rounds, block, clock_of(plan.device, threads))
-    _require_same(loops["bare"].model, loops["adamw"].model)
+        if not gates_alone:
+            bare = bare_loop(plan, batches, steps)
+            ours = our_loop(_job(plan, "adamw", batches, folder), stack, compiling=False)
+            clipping = bare_loop(plan, batches, steps, clip=CLIP)
+            loops |= {"bare": alone(bare), "bare+clip": alone(clipping), "adamw": alone(ours)}
+        seconds = timed(loops, rounds, block, clock_of(plan.device, threads))
+        if not gates_alone:
+            _require_same(bare.model, ours.model)
     facts = {
         "size": size,
         "parameters": member.parameters,
@@ -85,6 +109,20 @@ def compare(
         "steps": rounds * block,
     }
     return seconds, facts
+
+
+def _job(plan: RunPlan, optimizer: str, batches: Batches, folder: Path) -> Trainee:
+    """Return what ``arskit run --optimizer`` trains with."""
+    settings = resolve({**_flags(plan), "optimizer.name": optimizer}, {}, None)
+    return our_job(plan_run(settings, Host.installed()), batches, RunFolder(folder / optimizer))
+
+
+def _without_gates(job: Trainee, folder: Path) -> Trainee:
+    """Return the same model and base optimizer, with nothing around the base."""
+    other = copy.copy(job)
+    other.optimizer = Undamped(job.optimizer.base, {})
+    other.folder, other.meter = RunFolder(folder / "left out"), Meter()
+    return other
 
 
 def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, dict[str, float]]:
@@ -127,6 +165,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sizes", default=",".join(SIZES), help="names with commas between")
+    parser.add_argument(
+        "--gates-alone", action="store_true", help="measure nothing but what the gates cost"
+    )
     parser.add_argument("--json", type=Path, help="keep the figures here, by size")
     options = parser.parse_args()
     host = Host.installed()
@@ -137,7 +178,7 @@ def main() -> None:
         "rounds": options.rounds,
     }
     rows: dict[str, dict[str, Any]] = {}
-    print("| model | loop | ms per step | ratio to bare | quartiles |")
+    print("| model | loop | ms per step | ratio | quartiles |")
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
         for size in chosen("size", options.sizes, SIZES):
@@ -147,11 +188,13 @@ def main() -> None:
                 block=options.block,
                 threads=options.threads,
                 host=host,
+                gates_alone=options.gates_alone,
             )
-            found = ratios(seconds, "bare")
-            gates = ratios({k: seconds[k] for k in ("adamw", "ars")}, "adamw")["ars"]
+            gates = ratios({k: seconds[k] for k in (OURS, LEFT_OUT)}, LEFT_OUT)[OURS]
+            loops = {k: v for k, v in seconds.items() if k != LEFT_OUT}
+            found = {} if options.gates_alone else ratios(loops, "bare")
             rows[size] = {**facts, **how, "loops": found, "gates": gates}
-            for name, r in found.items():
+            for name, r in {**found, "ars, against itself without gates": gates}.items():
                 print(
                     f"| {size}, {facts['parameters']:,} | {name} | {r['ms']:.1f} "
                     f"| {r['ratio']:.3f} | {r['q1']:.3f} .. {r['q3']:.3f} |",

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
@@ -50,6 +51,55 @@ def test_the_loops_do_the_same_work() -> None:
     assert sum(parts.values()) == pytest.approx(1.0)
     assert {"batches", "forward", "backward", "gates", "base optimizer"} <= parts.keys()
     assert all(share >= 0 for share in parts.values())
+
+
+OVERHEAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import step_overhead
+step_overhead.SIZES["tiny"] = {
+    "family.members": "d2", "data.sequence_length": 16, "train.batch_size": 2,
+}
+sys.argv = ["step_overhead.py", "--sizes=tiny", "--rounds=2", "--block=2", *sys.argv[2:]]
+step_overhead.main()
+"""
+
+
+def overhead(*flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", OVERHEAD, str(ROOT), "--threads=1", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (size,) = json.loads(Path(flags[-1]).read_text())["sizes"]
+    return dict(size)
+
+
+def test_what_a_step_costs_is_measured(tmp_path: Path) -> None:
+    found = overhead("--json", str(tmp_path / "all.json"))
+    assert found["loops"].keys() == {"bare", "bare+clip", "adamw", "ars"}
+    assert all(loop["q1"] <= loop["ratio"] <= loop["q3"] for loop in found["loops"].values())
+    alone = overhead("--gates-alone", "--json", str(tmp_path / "gates.json"))
+    assert alone["loops"] == {}
+    assert alone["gates"]["ratio"] > 0 < found["gates"]["ratio"]
+
+
+def test_the_gates_are_left_out_on_the_same_model(tmp_path: Path) -> None:
+    import step_overhead
+    from loops import our_job
+
+    from ars_kit.host import Host
+    from ars_kit.plan import plan_run
+    from ars_kit.resolving import resolve
+    from ars_kit.store import RunFolder
+    from ars_kit.tokens import Batches
+
+    flags = {"family.members": "d2", "data.sequence_length": 16, "train.batch_size": 2}
+    plan = plan_run(resolve({**flags, "optimizer.name": "ars"}, {}, None), Host.installed())
+    batches = Batches(np.zeros(1000, dtype=np.uint16), sequence_length=16, batch_size=2, seed=0)
+    job = our_job(plan, batches, RunFolder(tmp_path))
+    other = step_overhead._without_gates(job, tmp_path)
+    assert other.model is job.model
+    assert other.optimizer.base is job.optimizer.base
+    assert job.optimizer.gates.keys() > other.optimizer.gates.keys() == set()
 
 
 @pytest.mark.parametrize(

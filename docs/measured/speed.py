@@ -35,7 +35,7 @@ def overhead(_: str) -> str:
     """Return what ARS costs over its base optimizer alone."""
     rows = []
     for s in read("step_overhead")["sizes"]:
-        gates = {"ars, against adamw": s["gates"]} if "gates" in s else {}
+        gates = {"ars, against itself without gates": s["gates"]} if "gates" in s else {}
         for name, r in {**s["loops"], **gates}.items():
             if name != "bare":
                 spread = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
