@@ -10,7 +10,8 @@ its own; on one thread the clock is the process's own time, which neighbours do 
 
 Two copies of a model differ by where their memory lies, which is more than what ARS costs. So a
 fifth, ``ars, gates left out``, takes turns with ``ars`` on one model, one base optimizer and one
-thread: of each two steps one asks the gates and the other lets the base step as it is.
+thread: of each two steps one asks the gates and the other lets the base step as it is. Where that
+is less than two steps differ by, ``--parts`` puts a clock around what the gates do.
 
 The ratio of each round's times to the bare loop's is what counts, and for the gates that to the
 loop without them; absolute times of a shared machine do not. ``bare`` and ``adamw`` must end with
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from ending import chosen, run
 from loops import alone, bare_loop, clock_of, our_job, our_loop, timed
+from step_parts import breakdown
 
 from ars_kit.heap import keep_freed_memory
 from ars_kit.host import Host
@@ -73,17 +75,8 @@ def compare(
     size: str, *, rounds: int, block: int, threads: int, host: Host, gates_alone: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return each loop's seconds per step, round by round, and what was run."""
-    steps = (rounds + 1) * block
-    flags = {"family.members": "d18", "train.steps_per_iteration": 1, **SIZES[size]}
-    plan = plan_run(resolve({**flags, "train.iterations": (steps, steps)}, {}, None), host)
-    member = plan.members[0]
-    stream = np.random.default_rng(0).integers(0, 1024, 2_000_000, dtype=np.uint16)
-    batches = Batches(
-        stream,
-        sequence_length=plan.settings.data.sequence_length,
-        batch_size=plan.settings.train.batch_size,
-        seed=0,
-    )
+    plan, batches = _planned(size, (rounds + 1) * block, host)
+    steps, member = plan.members[0].steps, plan.members[0]
     if plan.device == "cpu":
         keep_freed_memory()  # as arskit run does
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -109,6 +102,29 @@ def compare(
         "steps": rounds * block,
     }
     return seconds, facts
+
+
+def parts_of(size: str, *, block: int, host: Host) -> dict[str, float]:
+    """Return the share of each part in the time of arskit's steps, by the wall's clock."""
+    plan, batches = _planned(size, 2 * block, host)
+    if plan.device == "cpu":
+        keep_freed_memory()
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _job(plan, OURS, batches, Path(scratch))
+        breakdown(job, 0, block)  # warms up
+        return breakdown(job, block, block)
+
+
+def _planned(size: str, steps: int, host: Host) -> tuple[RunPlan, Batches]:
+    flags = {"family.members": "d18", "train.steps_per_iteration": 1, **SIZES[size]}
+    plan = plan_run(resolve({**flags, "train.iterations": (steps, steps)}, {}, None), host)
+    batches = Batches(
+        np.random.default_rng(0).integers(0, 1024, 2_000_000, dtype=np.uint16),
+        sequence_length=plan.settings.data.sequence_length,
+        batch_size=plan.settings.train.batch_size,
+        seed=0,
+    )
+    return plan, batches
 
 
 def _job(plan: RunPlan, optimizer: str, batches: Batches, folder: Path) -> Trainee:
@@ -168,6 +184,9 @@ def main() -> None:
     parser.add_argument(
         "--gates-alone", action="store_true", help="measure nothing but what the gates cost"
     )
+    parser.add_argument(
+        "--parts", action="store_true", help="measure where a step's time goes, and nothing else"
+    )
     parser.add_argument("--json", type=Path, help="keep the figures here, by size")
     options = parser.parse_args()
     host = Host.installed()
@@ -182,6 +201,11 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     with _threads(options.threads):
         for size in chosen("size", options.sizes, SIZES):
+            if options.parts:
+                parts = parts_of(size, block=options.block, host=host)
+                rows[size] = {"parts": parts}
+                print(f"| {size} | gates | {parts['gates']:.2%} of a step | - | - |", flush=True)
+                continue
             seconds, facts = compare(
                 size,
                 rounds=options.rounds,
@@ -205,9 +229,10 @@ def main() -> None:
 
 
 def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Put rows in the place of those of the same sizes; the rest of a file stays."""
+    """Put figures in the place of those of the same sizes; the rest of a file stays."""
     before = json.loads(path.read_text("utf-8"))["sizes"] if path.exists() else []
-    kept = {row["size"]: row for row in before} | rows
+    kept = {row["size"]: row for row in before}
+    kept |= {size: {**kept.get(size, {"size": size}), **row} for size, row in rows.items()}
     sizes = [kept[size] for size in SIZES if size in kept]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"bar": BAR, "sizes": sizes}, indent=2) + "\n", "utf-8")

@@ -21,10 +21,8 @@ import json
 import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +40,16 @@ from loops import (
     our_loop,
     timed,
     trainer_loop,
-    wait,
 )
+from step_parts import breakdown
 
 from ars_kit.heap import keep_freed_memory
 from ars_kit.host import Host
-from ars_kit.keeping import log
 from ars_kit.models import build, flops_per_token, weights_of
 from ars_kit.plan import RunPlan, plan_run
-from ars_kit.ranks import wrapped
 from ars_kit.resolving import resolve
 from ars_kit.store import RunFolder
 from ars_kit.tokens import Batches
-from ars_kit.train import train_step
-from ars_kit.trainee import Trainee
 
 WITHIN_BARE, WITHIN_TRAINER = 1.03, 1.0
 CLIP = 1.0
@@ -89,27 +83,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "1B": {"data.sequence_length": 2048, "train.batch_size": 8, "train.accumulation": 1},
     "7B": {"data.sequence_length": 2048, "train.batch_size": 1},
 }
-
-
-@dataclass(slots=True)
-class Watch:
-    """Sums up what each part of a step takes."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def around(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``call`` with a clock around it."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            wait(self.device)
-            begin = time.perf_counter()
-            found = call(*args, **kwargs)
-            wait(self.device)
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
-            return found
-
-        return timed
 
 
 def plan_of(size: str, steps: int, more: Mapping[str, Any], home: Path) -> RunPlan:
@@ -188,42 +161,6 @@ def _apart(plan: RunPlan, one: Any, other: Any, names: str) -> float:
     if share > SAME:
         raise SystemExit(f"{names} did not do the same work: {share:.1%} apart")
     return share
-
-
-def breakdown(job: Trainee, first: int, count: int) -> dict[str, float]:
-    """Return the share of each part in the time of some steps of arskit's loop."""
-    watch = Watch(job.accelerator.device)
-    model = watch.around("forward", wrapped(job.accelerator, job.model))
-    with _clocked(job, watch):
-        wait(watch.device)
-        begin = time.perf_counter()
-        for step in range(first, first + count):
-            train_step(job, model, step)
-        watch.around("reading what was recorded", log)(job, first + count)
-        whole = time.perf_counter() - begin
-    found = {part: s / whole for part, s in watch.seconds.items()}
-    found["gates"] = found["step"] - found.pop("base optimizer") if "step" in found else 0.0
-    base = found.pop("step", 0.0) - found["gates"]
-    return {**found, "base optimizer": base, "rest": 1 - sum(found.values()) - base}
-
-
-@contextmanager
-def _clocked(job: Trainee, watch: Watch) -> Iterator[None]:
-    """Put a clock around the parts of a step that are methods of what the loop is given."""
-    places = [
-        (job.feed, "take", "batches"),
-        (job.accelerator, "backward", "backward"),
-        (job.optimizer, "step", "step"),
-        (job.optimizer.base, "step", "base optimizer"),
-    ]
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, part in places:
-        setattr(owner, name, watch.around(part, getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name, plain in kept:
-            setattr(owner, name, plain)
 
 
 def _ratio(times: list[float], others: list[float]) -> dict[str, float]:
