@@ -35,7 +35,7 @@ kill-test: $(VENV)/.installed-dev
 		tests/test_out_of_memory.py tests/test_recovery.py
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+	$(BIN)/python benchmarks/step_overhead.py --threads 1 --json benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 
 serving-bench: $(VENV)/.installed-dev

@@ -70,6 +70,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+DEFAULT = ("embedded d18", "wide d18", "50M d14")
+
 
 def compare(
     size: str, *, rounds: int, block: int, threads: int, host: Host, gates_alone: bool = False
@@ -177,10 +179,10 @@ def _threads(count: int) -> Iterator[None]:
 def main() -> None:
     """Measure every size and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--block", type=int, default=10, help="steps of each loop in a round")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--block", type=int, default=5, help="steps of each loop in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--sizes", default=",".join(SIZES), help="names with commas between")
+    parser.add_argument("--sizes", default=",".join(DEFAULT), help="names with commas between")
     parser.add_argument(
         "--gates-alone", action="store_true", help="measure nothing but what the gates cost"
     )

@@ -35,14 +35,16 @@ def overhead(_: str) -> str:
     """Return what ARS costs over its base optimizer alone."""
     rows = []
     for s in read("step_overhead")["sizes"]:
-        gates = {"ars, against itself without gates": s["gates"]} if "gates" in s else {}
-        for name, r in {**s["loops"], **gates}.items():
-            if name != "bare":
-                spread = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
-                model = f"{s['size']}, {s['parameters']:,} parameters"
-                turns = f"{s['rounds']} rounds, {s['threads']} thread" + "s" * (s["threads"] > 1)
-                rows.append([model, f"{s['tokens_per_step']:,}", turns, name, spread])
-    return table(["model", "tokens a step", "measured in", "loop", "time against bare"], rows)
+        loops = {k: s["loops"][k] for k in ("bare+clip", "adamw", "ars") if k in s["loops"]}
+        gates = {"ars, against itself without gates": s["gates"]}
+        for name, r in {**loops, **gates}.items():
+            spread = f"{r['ratio']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
+            model = f"{s['size']}, {s['parameters']:,} parameters"
+            turns = f"{s['rounds']} rounds, {s['threads']} thread" + "s" * (s["threads"] > 1)
+            share = f"{s['parts']['gates']:.1%}" if name in gates else ""
+            rows.append([model, f"{s['tokens_per_step']:,}", turns, name, spread, share])
+    heads = ["model", "tokens a step", "measured in", "loop", "time against bare", "gates by clock"]
+    return table(heads, rows)
 
 
 def kept_memory(_: str) -> str:
