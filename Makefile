@@ -36,6 +36,7 @@ kill-test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step_overhead.py --threads 1 --json benchmarks/results/step_overhead.json
+	$(BIN)/python benchmarks/step_overhead.py --threads 1 --parts --json benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 
 serving-bench: $(VENV)/.installed-dev
