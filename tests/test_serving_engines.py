@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     MambaConfig,
     OpenAIGPTConfig,
     Phi3Config,
@@ -17,6 +18,7 @@ from transformers import (
     RecurrentGemmaConfig,
     RwkvConfig,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ars_kit.errors import ConfigError
 from ars_kit.spec import Service
@@ -53,27 +55,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_sequence_hears_of_its_own_past_and_of_no_other(kind: str, tmp_path: Path) -> None:
+def follow(config: PretrainedConfig, folder: Path) -> None:
+    """Take two sequences of different lengths further in turns; each row must be its own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn(p.shape) * (p.dim() > 1))
-    model.save_pretrained(tmp_path)
-    engine = EagerEngine(
-        Service(
-            name="tiny",
-            path=tmp_path,
-            digest="0",
-            context=None,
-            slots=2,
-            say=print,
-            cache=tmp_path / "cache",
-        ),
-        device="cpu",
-    )
+    model.save_pretrained(folder)
+    service = Service("tiny", folder, "0", folder / "cache", None, 2, print)
+    engine = EagerEngine(service, device="cpu")
     draw = np.random.default_rng(0)
     texts = [draw.integers(1, VOCABULARY, length).tolist() for length in (5, 40)]
 
@@ -91,6 +83,25 @@ def test_a_sequence_hears_of_its_own_past_and_of_no_other(kind: str, tmp_path: P
         for slot, row in enumerate(engine.decode(tokens)):
             check(slot, row)
     engine.close()
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_a_sequence_hears_of_its_own_past_and_of_no_other(kind: str, tmp_path: Path) -> None:
+    follow(CONFIGS[kind], tmp_path)
+
+
+def test_so_it_does_where_one_layer_of_many_leaves_the_cache_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As RecurrentGemma's layers did that kept their states within the model.
+    plain = LlamaAttention.forward
+
+    def keeps_nothing(self: Any, *args: Any, past_key_values: Any = None, **rest: Any) -> Any:
+        kept = None if self.layer_idx == 0 else past_key_values
+        return plain(self, *args, past_key_values=kept, **rest)
+
+    monkeypatch.setattr(LlamaAttention, "forward", keeps_nothing)
+    follow(LlamaConfig(**DEEP, num_hidden_layers=2), tmp_path)
 
 
 def test_positions_that_hang_on_the_longest_text_of_a_batch_are_not_exported() -> None:
