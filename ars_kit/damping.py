@@ -255,6 +255,8 @@ class DampedOptimizer(Wrapper):
         try:
             answer = answers.get(name) or ask(gate, signal)
             total.add(name, answer, bounded=getattr(gate, "bounded", True))
+        except torch.OutOfMemoryError:  # the device's affair
+            raise
         except PluginError as error:
             raise PluginError(f"{self.called(name)} {error}") from error
         except (Exception, SystemExit) as error:

@@ -17,7 +17,9 @@ from ars_kit.host import Host
 from ars_kit.plan import plan_run
 from ars_kit.resolving import resolve
 from ars_kit.runs import execute
+from ars_kit.spec import StepSignal
 from ars_kit_plugins.distillation import TaughtLoss
+from ars_kit_plugins.gating import SurpriseGate
 
 WHOLE = memory.whole_loss
 
@@ -141,6 +143,26 @@ def test_a_loss_of_a_strategy_s_own_that_does_not_fit_is_read_in_smaller_parts_t
 def test_one_sequence_that_does_not_fit_ends_the_run(run: Runs) -> None:
     with pytest.raises(ArsKitError, match="ran out of memory at step 0 of d2: lower"):
         run("none", Device(0))
+
+
+def test_a_gate_that_the_device_has_no_room_for_is_not_to_blame(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = SurpriseGate.__call__
+
+    def gate(self: SurpriseGate, signal: StepSignal) -> Any:
+        if signal.step == 4:
+            raise torch.OutOfMemoryError
+        return asked(self, signal)
+
+    with monkeypatch.context() as full:
+        full.setattr(SurpriseGate, "__call__", gate)
+        with pytest.raises(ArsKitError, match="ran out of memory at step 4 of d2: lower") as told:
+            run("full", Device(8))
+    assert "plugin" not in str(told.value)
+    _, out, _ = run("full", Device(8))
+    _, whole, _ = run("whole", Device(8))
+    assert losses(out, "d3") == losses(whole, "d3")
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(9, 3), (7, 7)])
