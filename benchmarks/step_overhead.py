@@ -62,7 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "data.sequence_length": 64,
         "train.batch_size": 4,
     },
-    # As many as arskit run takes unless told otherwise.
+    # As many tokens a step as arskit run takes unless told otherwise.
     "50M d14 whole batch": {
         "family.members": "d14",
         "family.aspect": 4.571,
@@ -74,10 +74,10 @@ DEFAULT = ("embedded d18", "wide d18", "50M d14")
 
 
 def compare(
-    size: str, *, rounds: int, block: int, threads: int, host: Host, gates_alone: bool = False
+    size: str, *, rounds: int, block: int, threads: int, gates_alone: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return each loop's seconds per step, round by round, and what was run."""
-    plan, batches = _planned(size, (rounds + 1) * block, host)
+    plan, batches = _planned(size, (rounds + 1) * block)
     steps, member = plan.members[0].steps, plan.members[0]
     if plan.device == "cpu":
         keep_freed_memory()  # as arskit run does
@@ -106,9 +106,9 @@ def compare(
     return seconds, facts
 
 
-def parts_of(size: str, *, block: int, host: Host) -> dict[str, float]:
+def parts_of(size: str, *, block: int) -> dict[str, float]:
     """Return the share of each part in the time of arskit's steps, by the wall's clock."""
-    plan, batches = _planned(size, 2 * block, host)
+    plan, batches = _planned(size, 2 * block)
     if plan.device == "cpu":
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,9 +117,10 @@ def parts_of(size: str, *, block: int, host: Host) -> dict[str, float]:
         return breakdown(job, block, block)
 
 
-def _planned(size: str, steps: int, host: Host) -> tuple[RunPlan, Batches]:
+def _planned(size: str, steps: int) -> tuple[RunPlan, Batches]:
     flags = {"family.members": "d18", "train.steps_per_iteration": 1, **SIZES[size]}
-    plan = plan_run(resolve({**flags, "train.iterations": (steps, steps)}, {}, None), host)
+    settings = resolve({**flags, "train.iterations": (steps, steps)}, {}, None)
+    plan = plan_run(settings, Host.installed())
     batches = Batches(
         np.random.default_rng(0).integers(0, 1024, 2_000_000, dtype=np.uint16),
         sequence_length=plan.settings.data.sequence_length,
@@ -191,7 +192,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="keep the figures here, by size")
     options = parser.parse_args()
-    host = Host.installed()
     how = {
         "machine": platform.machine(),
         "torch": torch.__version__,
@@ -204,7 +204,7 @@ def main() -> None:
     with _threads(options.threads):
         for size in chosen("size", options.sizes, SIZES):
             if options.parts:
-                parts = parts_of(size, block=options.block, host=host)
+                parts = parts_of(size, block=options.block)
                 rows[size] = {"parts": parts}
                 print(f"| {size} | gates | {parts['gates']:.2%} of a step | - | - |", flush=True)
                 continue
@@ -213,7 +213,6 @@ def main() -> None:
                 rounds=options.rounds,
                 block=options.block,
                 threads=options.threads,
-                host=host,
                 gates_alone=options.gates_alone,
             )
             gates = ratios({k: seconds[k] for k in (OURS, LEFT_OUT)}, LEFT_OUT)[OURS]
